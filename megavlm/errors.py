@@ -1,0 +1,50 @@
+"""Typed errors: what a user did wrong, in one line that names the place, the value and the remedy.
+
+Code that meets a user's mistake raises one of these; entry points print it with `report` on one rank and exit with
+`exit_code`. Our own broken invariants stay `assert`s and tracebacks.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+_LONGEST_VALUE = 120
+
+
+class MegavlmError(Exception):
+    """A user's mistake: `where` it is, the `value` found there, the `problem` with it and the `remedy`."""
+
+    exit_code = 2
+
+    def __init__(self, where: str, value: Any, problem: str, remedy: str) -> None:
+        super().__init__(where, value, problem, remedy)  # all four, so that the error survives pickling
+        self.where, self.value, self.problem, self.remedy = where, value, problem, remedy
+
+    def __str__(self) -> str:
+        value = repr(self.value)
+        if len(value) > _LONGEST_VALUE:
+            value = value[: _LONGEST_VALUE - 3] + "..."
+        return f"{self.where} = {value}: {self.problem}; {self.remedy}"
+
+
+class ConfigError(MegavlmError):
+    """A setting that is unknown, of the wrong type, or impossible."""
+
+
+class LayoutError(ConfigError):
+    """Parallel degrees that do not fit the model or the number of processes."""
+
+
+class WeightsError(MegavlmError):
+    """A file of weights that is missing, damaged, or of another model."""
+
+
+class UnavailableError(MegavlmError):
+    """Something that this machine or this installation cannot do."""
+
+
+def report(error: MegavlmError) -> int:
+    """Print the error in one line on standard error; return the exit code for the process."""
+    print(f"megavlm: error: {error}", file=sys.stderr, flush=True)
+    return error.exit_code
