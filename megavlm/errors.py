@@ -16,6 +16,8 @@ class MegavlmError(Exception):
     """A user's mistake: `where` it is, the `value` found there, the `problem` with it and the `remedy`."""
 
     exit_code = 2
+    printed_by_rank: int | None = None
+    """Set where all ranks agreed on this error: the one that prints it. Otherwise whoever raised it does."""
 
     def __init__(self, where: str, value: Any, problem: str, remedy: str) -> None:
         super().__init__(where, value, problem, remedy)  # all four, so that the error survives pickling
@@ -44,7 +46,8 @@ class UnavailableError(MegavlmError):
     """Something that this machine or this installation cannot do."""
 
 
-def report(error: MegavlmError) -> int:
-    """Print the error in one line on standard error; return the exit code for the process."""
-    print(f"megavlm: error: {error}", file=sys.stderr, flush=True)
+def report(error: MegavlmError, rank: int = 0) -> int:
+    """Print the error in one line on standard error, once over all ranks; return the exit code for the process."""
+    if error.printed_by_rank in (None, rank):
+        print(f"megavlm: error: {error}", file=sys.stderr, flush=True)
     return error.exit_code

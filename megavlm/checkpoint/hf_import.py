@@ -1,0 +1,131 @@
+"""Weights from a Hugging Face folder (or fresh ones by name) into the shards that this process holds.
+
+Each rank reads only its own rows and columns, one tensor at a time, so the memory needed is the shard and one tensor.
+Shapes are checked over the whole folder before the first weight is touched.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from megavlm.errors import WeightsError
+from megavlm.model.decoder.spec import FUSED_NORM_NAMES
+from megavlm.model.decoder.state_map import IGNORED_SUFFIXES
+from megavlm.model.state_map import Block, Entry, StateMap
+
+
+class WeightSource(Protocol):
+    """Named tensors that can be read in part."""
+
+    def names(self) -> Sequence[str]: ...
+    def shape(self, name: str) -> tuple[int, ...]: ...
+    def read(self, name: str) -> Tensor: ...
+    def read_rows(self, name: str, start: int, stop: int) -> Tensor: ...
+    def read_columns(self, name: str, start: int, stop: int) -> Tensor: ...
+
+
+def check_folder(source: WeightSource, state_map: StateMap, where: str) -> None:
+    """Refuse a folder whose tensors are not exactly those of the model."""
+    expected = state_map.folder_shapes()
+    found = {name for name in source.names() if not name.endswith(IGNORED_SUFFIXES)}
+    if missing := [name for name in expected if name not in found]:
+        raise WeightsError(
+            where, missing[0], f"{len(missing)} of {len(expected)} tensors are missing", "take a complete folder"
+        )
+    tied = "lm_head.weight" not in expected
+    unknown = sorted(found - expected.keys() - ({"lm_head.weight"} if tied else set()))
+    if unknown:
+        raise WeightsError(
+            where, unknown[0], f"{len(unknown)} tensors have no place in this model", "check model_type in config.json"
+        )
+    for name, shape in expected.items():
+        if source.shape(name) != shape:
+            raise WeightsError(
+                f"{where}: {name}",
+                source.shape(name),
+                f"the model needs the shape {shape}",
+                "take the folder that belongs to this config.json",
+            )
+
+
+@torch.no_grad()
+def load_weights(
+    chunks: Iterable[nn.Module], source: WeightSource, state_map: StateMap, tensor_rank: int, tensor_size: int
+) -> None:
+    """Fill every parameter of these pipeline chunks; the folder must have been checked."""
+    entries = {entry.ours: entry for entry in state_map.entries}
+    tied_output = entries["embedding.word_embeddings.weight"]
+    for name, parameter in (pair for chunk in chunks for pair in named_parameters(chunk)):
+        # With tied embeddings the last stage holds a second copy of the embedding under the output layer's name.
+        entry = entries.get(name, tied_output if name == "output_layer.weight" else None)
+        assert entry is not None, f"{name} stands in no row of the state map"
+        _fill(parameter, entry, source, state_map, tensor_rank, tensor_size)
+
+
+def _fill(
+    parameter: Tensor, entry: Entry, source: WeightSource, state_map: StateMap, rank: int, tensor_size: int
+) -> None:
+    if entry.split == "whole":
+        (name,) = entry.theirs
+        parameter.copy_(source.read(name))
+    elif entry.split == "columns":
+        (name,) = entry.theirs
+        width = parameter.size(1)
+        parameter.copy_(source.read_columns(name, rank * width, (rank + 1) * width))
+    else:
+        _fill_rows(parameter, entry, source, state_map, rank, tensor_size)
+
+
+def _fill_rows(
+    parameter: Tensor, entry: Entry, source: WeightSource, state_map: StateMap, rank: int, tensor_size: int
+) -> None:
+    """Copy this rank's rows, each of the tensors they come from read once: its rows in a shard are neighbours."""
+    first = rank * parameter.size(0)
+    blocks, filled = _blocks_within(state_map.blocks(entry, tensor_size), first, first + parameter.size(0))
+    for name in entry.theirs:
+        mine = [(at, block) for at, block in blocks if block.source == name]
+        if not mine:
+            continue
+        start = min(block.start for _, block in mine)
+        rows = source.read_rows(name, start, max(block.start + block.count for _, block in mine))
+        for at, block in mine:
+            parameter[at : at + block.count].copy_(rows[block.start - start : block.start - start + block.count])
+    assert filled == parameter.size(0) or entry.padded, f"{entry.ours}: {filled} of {parameter.size(0)} rows"
+    parameter[filled:].zero_()
+
+
+def _blocks_within(blocks: Sequence[Block], first: int, last: int) -> tuple[list[tuple[int, Block]], int]:
+    """The parts of the blocks that fall on the rows [first, last), each with its place there; and the rows filled."""
+    within, top = [], 0
+    for block in blocks:
+        start, stop = max(first, top), min(last, top + block.count)
+        if start < stop:
+            within.append((start - first, Block(block.source, block.start + start - top, stop - start)))
+        top += block.count
+    return within, max(min(last, top) - first, 0)
+
+
+def named_parameters(chunk: nn.Module) -> Iterable[tuple[str, nn.Parameter]]:
+    """The chunk's parameters under the names of the state map: layers by their number in the whole model, norms apart.
+
+    A pipeline chunk numbers its layers from 0, and Transformer Engine holds a norm inside the layer behind it.
+    """
+    layers = {
+        name: module.layer_number - 1
+        for name, module in chunk.named_modules()
+        if isinstance(getattr(module, "layer_number", None), int) and name.rpartition(".")[2].isdecimal()
+    }
+    fused = {theirs: ours for ours, theirs in FUSED_NORM_NAMES.items()}
+    for name, parameter in chunk.named_parameters():
+        for prefix, number in layers.items():
+            if name.startswith(prefix + "."):
+                rest = name[len(prefix) + 1 :]
+                for inside, apart in fused.items():
+                    rest = rest.replace(inside, apart)
+                name = f"{prefix.rpartition('.')[0]}.{number}.{rest}"
+                break
+        yield name.removeprefix("module."), parameter

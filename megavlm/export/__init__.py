@@ -1,0 +1,1 @@
+"""Our weights into Hugging Face folders."""

@@ -1,0 +1,121 @@
+"""A trained decoder as a Hugging Face folder, written by all pipeline stages at once.
+
+The tensor-parallel slices of each parameter are gathered on the first rank of the stage, taken apart into the
+folder's tensors (padding left out) and streamed into shards, so no process ever holds more than one shard of the
+folder and one parameter.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from megavlm.checkpoint.atomic import open_staging, staging_path
+from megavlm.checkpoint.hf_import import named_parameters
+from megavlm.export.hf_writer import HFWriter, PartIndex, finish
+from megavlm.model.decoder.config import DecoderConfig
+from megavlm.model.decoder.state_map import decoder_state_map
+from megavlm.model.state_map import Entry, StateMap
+from megavlm.parallel.agree import agreed
+from megavlm.parallel.groups import Groups
+
+# What transformers needs beside weights and config.json to tokenize and generate; taken over from the source folder.
+_TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+    "generation_config.json",
+)
+
+
+def export_decoder(
+    chunks: Sequence[nn.Module],
+    decoder: DecoderConfig,
+    groups: Groups,
+    folder: str | Path,
+    *,
+    dtype: torch.dtype,
+    tokenizer_from: str | Path | None = None,
+    overwrite: bool = False,
+) -> None:
+    """Write the folder; every rank calls it, and it exists for all of them when it returns."""
+    with agreed():
+        if groups.rank == 0:
+            open_staging(folder, overwrite)
+    part = None
+    if groups.holds_first_copy:
+        part = _write_part(chunks, decoder_state_map(decoder), groups, staging_path(folder), dtype)
+    parts: list[PartIndex | None] = [None] * groups.world_size
+    dist.all_gather_object(parts, part)
+    with agreed():
+        if groups.rank == 0:
+            extra = {"config.json": _config_json(decoder, dtype), **_tokenizer_files(tokenizer_from)}
+            finish(staging_path(folder), folder, [p for p in parts if p is not None], extra, overwrite)
+
+
+def _write_part(
+    chunks: Sequence[nn.Module], state_map: StateMap, groups: Groups, staging: Path, dtype: torch.dtype
+) -> PartIndex | None:
+    """This stage's shards, written by its first tensor-parallel rank; the others only send their slices."""
+    writer = HFWriter(staging, part=(groups.pipeline_rank, groups.pipeline_size)) if groups.tensor_rank == 0 else None
+    for name, tensor in folder_tensors(chunks, state_map, groups.collection.tp):
+        if writer:
+            writer.add(name, tensor.to(dtype))
+    return writer.close() if writer else None
+
+
+def folder_tensors(
+    chunks: Iterable[nn.Module], state_map: StateMap, tensor_group: dist.ProcessGroup
+) -> Iterator[tuple[str, Tensor]]:
+    """The folder's tensors that these chunks hold, on the group's first rank; the other ranks get none."""
+    entries = {entry.ours: entry for entry in state_map.entries}
+    for name, parameter in (pair for chunk in chunks for pair in named_parameters(chunk)):
+        if name not in entries:
+            assert name == "output_layer.weight", name  # the last stage's copy of a tied embedding
+            continue
+        whole = _gather(parameter.detach(), entries[name], tensor_group)
+        if whole is not None:
+            yield from _take_apart(whole, entries[name], state_map, tensor_group.size())
+
+
+def _gather(mine: Tensor, entry: Entry, group: dist.ProcessGroup) -> Tensor | None:
+    """The whole parameter on the group's first rank, None on the others."""
+    if entry.split == "whole" or group.size() == 1:
+        return mine if group.rank() == 0 else None
+    first = group.rank() == 0
+    slices = [torch.empty_like(mine) for _ in range(group.size())] if first else None
+    dist.gather(mine.contiguous(), slices, group=group, group_dst=0)
+    return torch.cat(slices, dim=0 if entry.split == "rows" else 1) if slices else None
+
+
+def _take_apart(whole: Tensor, entry: Entry, state_map: StateMap, tensor_size: int) -> Iterator[tuple[str, Tensor]]:
+    if entry.split != "rows":
+        (name,) = entry.theirs
+        yield name, whole
+        return
+    parts = {name: whole.new_empty(state_map.shape(entry, name)) for name in entry.theirs}
+    top = 0
+    for block in state_map.blocks(entry, tensor_size):
+        parts[block.source][block.start : block.start + block.count] = whole[top : top + block.count]
+        top += block.count
+    yield from parts.items()
+
+
+def _config_json(decoder: DecoderConfig, dtype: torch.dtype) -> bytes:
+    return (json.dumps(decoder.to_hf(str(dtype).removeprefix("torch.")), indent=2) + "\n").encode()
+
+
+def _tokenizer_files(folder: str | Path | None) -> dict[str, bytes]:
+    if folder is None:
+        return {}
+    return {name: (Path(folder) / name).read_bytes() for name in _TOKENIZER_FILES if (Path(folder) / name).is_file()}

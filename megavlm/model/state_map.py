@@ -1,0 +1,82 @@
+"""How the weights of a Hugging Face folder make ours: the vocabulary of the families' declarative tables.
+
+A row of a table names one parameter of ours, the tensors of the folder that it is made of, and how it is cut over the
+tensor-parallel ranks. `checkpoint` reads the table from right to left, `export` from left to right; neither knows a
+name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+Split = Literal["whole", "rows", "columns"]
+Order = Literal["one after another", "by query group", "by rank"]
+Fresh = Literal["normal", "ones", "zeros"]
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One parameter of ours and the tensors it is made of; `{i}` in all names stands for the layer."""
+
+    ours: str
+    theirs: Mapping[str, str]
+    """Name in the folder -> shape in letters that the family defines, for example `F H`."""
+    split: Split = "whole"
+    """Whether every rank holds it whole, or a slice of its rows or of its columns."""
+    order: Order = "one after another"
+    """How the rows of several tensors are laid into one: as they come, by query group (q, k, v), or by rank (gate, up).
+    """
+    padded: bool = False
+    """Whether zero rows follow so that it divides over the ranks (the vocabulary)."""
+    fresh: Fresh = "normal"
+    """What it holds before training when there is no folder."""
+
+    def for_layer(self, layer: int) -> Entry:
+        """The same entry with the layer's number filled in."""
+        theirs = {name.replace("{i}", str(layer)): shape for name, shape in self.theirs.items()}
+        return Entry(self.ours.replace("{i}", str(layer)), theirs, self.split, self.order, self.padded, self.fresh)
+
+
+@dataclass(frozen=True)
+class Block:
+    """`count` consecutive rows of the tensor `source`, from its row `start`."""
+
+    source: str
+    start: int
+    count: int
+
+
+@dataclass(frozen=True)
+class StateMap:
+    """A family's table for one model: its rows, what its letters mean, and how many query groups there are."""
+
+    entries: tuple[Entry, ...]
+    sizes: Mapping[str, int]
+    query_groups: int
+
+    def shape(self, entry: Entry, source: str) -> tuple[int, ...]:
+        """The shape that the folder's tensor `source` must have."""
+        return tuple(self.sizes[letter] for letter in entry.theirs[source].split())
+
+    def blocks(self, entry: Entry, tensor_parallel: int) -> list[Block]:
+        """The rows of our whole parameter from top to bottom; an even cut gives each rank its own."""
+        rows = {source: self.shape(entry, source)[0] for source in entry.theirs}
+        pieces = {"one after another": 1, "by query group": self.query_groups, "by rank": tensor_parallel}[entry.order]
+        return [
+            Block(source, piece * (count // pieces), count // pieces)
+            for piece in range(pieces)
+            for source, count in rows.items()
+        ]
+
+    def folder_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Every tensor that the folder must hold."""
+        return {source: self.shape(entry, source) for entry in self.entries for source in entry.theirs}
+
+
+def expand_layers(entries: Sequence[Entry], num_layers: int) -> tuple[Entry, ...]:
+    """The table with one row a layer in place of each row with `{i}`; layers stay together, in order."""
+    before = [entry for entry in entries if "{i}" not in entry.ours]
+    layered = [entry for entry in entries if "{i}" in entry.ours]
+    return (*before, *(entry.for_layer(i) for i in range(num_layers) for entry in layered))

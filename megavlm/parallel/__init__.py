@@ -1,0 +1,1 @@
+"""Who computes what: degrees to process groups, pipeline stages, data-parallel wrapping, recompute."""

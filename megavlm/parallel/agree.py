@@ -1,0 +1,33 @@
+"""Mistakes that one rank sees and all must leave by."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch.distributed as dist
+
+from megavlm.errors import MegavlmError
+
+
+@contextmanager
+def agreed() -> Iterator[None]:
+    """Run a step without collectives in which any rank may meet a user's mistake; all ranks leave it together.
+
+    Every rank raises the error of the lowest rank that met one, marked so that one rank alone prints it.
+    """
+    mine: MegavlmError | None = None
+    try:
+        yield
+    except MegavlmError as error:
+        mine = error
+    if not dist.is_initialized():
+        if mine is not None:
+            raise mine
+        return
+    everyone: list[MegavlmError | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, mine)
+    first = next((error for error in everyone if error is not None), None)
+    if first is not None:
+        first.printed_by_rank = everyone.index(first)
+        raise first

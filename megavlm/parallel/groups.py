@@ -1,0 +1,104 @@
+"""Process groups from degrees: the only user of megatron-core's `parallel_state`."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+
+from megavlm import platform
+from megavlm.parallel.layout import ParallelConfig
+
+
+@dataclass(frozen=True)
+class Groups:
+    """This process's place in the layout, and the process groups it belongs to."""
+
+    rank: int
+    world_size: int
+    tensor_rank: int
+    pipeline_rank: int
+    pipeline_size: int
+    data_rank: int
+    data_size: int
+    collection: ProcessGroupCollection
+    """The groups as megatron-core's modules take them."""
+
+    @property
+    def is_last_stage(self) -> bool:
+        return self.pipeline_rank == self.pipeline_size - 1
+
+    @property
+    def speaks(self) -> bool:
+        """Whether this rank prints the training lines: the first of those that know the loss."""
+        return self.is_last_stage and self.tensor_rank == 0 and self.data_rank == 0
+
+    @property
+    def holds_first_copy(self) -> bool:
+        """Whether this rank belongs to the data-parallel copy that writes the weights out."""
+        return self.data_rank == 0
+
+
+def world_from_environment() -> tuple[int, int]:
+    """(rank, number of processes) as torchrun says it; a single process without torchrun."""
+    return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def start(parallel: ParallelConfig, seed: int = 1234, timeout_minutes: float = 10.0) -> Groups:
+    """Join the other processes, build the groups, seed the generators. The layout must have been checked."""
+    device = platform.prepare()
+    _join(device, timedelta(minutes=timeout_minutes))
+    stages = parallel.pipeline_model_parallel_size
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=parallel.tensor_model_parallel_size,
+        pipeline_model_parallel_size=stages,
+        virtual_pipeline_model_parallel_size=(
+            parallel.virtual_pipeline_model_parallel_size if parallel.virtual_pipeline_model_parallel_size > 1 else None
+        ),
+        # megatron-core makes a second, gloo, copy of each group for its own checkpoint gathers.
+        create_gloo_process_groups=platform.backend() != "gloo",
+    )
+    torch.manual_seed(seed)
+    model_parallel_cuda_manual_seed(seed)
+    return Groups(
+        rank=dist.get_rank(),
+        world_size=dist.get_world_size(),
+        tensor_rank=parallel_state.get_tensor_model_parallel_rank(),
+        pipeline_rank=parallel_state.get_pipeline_model_parallel_rank(),
+        pipeline_size=stages,
+        data_rank=parallel_state.get_data_parallel_rank(),
+        data_size=parallel_state.get_data_parallel_world_size(),
+        collection=ProcessGroupCollection.use_mpu_process_groups(),
+    )
+
+
+def stop() -> None:
+    """Leave all groups, so that the process can end or start again with another layout."""
+    parallel_state.destroy_model_parallel()
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def leave_model_groups() -> None:
+    """Forget the model-parallel groups but stay joined, for another layout over the same processes."""
+    parallel_state.destroy_model_parallel()
+
+
+def _join(device: torch.device, timeout: timedelta) -> None:
+    if dist.is_initialized():
+        return
+    rank, world_size = world_from_environment()
+    if device.type == "cuda":
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    if "MASTER_ADDR" in os.environ:
+        dist.init_process_group(platform.backend(), rank=rank, world_size=world_size, timeout=timeout)
+    else:
+        dist.init_process_group(
+            platform.backend(), store=dist.HashStore(), rank=rank, world_size=world_size, timeout=timeout
+        )

@@ -1,0 +1,47 @@
+"""Activation recompute: trade a second forward pass for memory."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from megavlm.config import Config, option, require
+
+
+@dataclass(frozen=True, kw_only=True)
+class RecomputeConfig(Config):
+    """Which activations are computed again in the backward pass instead of being kept."""
+
+    granularity: Literal["none", "selective", "full"] = option("none", name="--recompute-granularity")
+    """none keeps all; selective recomputes the modules named below; full recomputes whole layers."""
+    method: Literal["uniform", "block"] = option("uniform", name="--recompute-method")
+    """For full: uniform recomputes all layers in units of num_layers; block the first num_layers of each chunk."""
+    num_layers: int = option(1, name="--recompute-num-layers")
+    """For full: layers in a unit (uniform), or layers recomputed (block)."""
+    modules: tuple[Literal["core_attn", "layernorm", "mlp"], ...] = option(
+        ("core_attn",), name="--recompute-modules"
+    )
+    """For selective: what is recomputed."""
+
+    def check(self) -> None:
+        require(self.num_layers >= 1, self, "num_layers", "must be at least 1", "use 1 for single layers")
+        require(
+            self.granularity != "selective" or len(self.modules) > 0,
+            self,
+            "modules",
+            "is empty, so selective recompute would do nothing",
+            "name core_attn, layernorm or mlp, or use --recompute-granularity none",
+        )
+
+
+def recompute_fields(config: RecomputeConfig) -> dict[str, Any]:
+    """The fields of TransformerConfig that recompute decides."""
+    if config.granularity == "none":
+        return {}
+    if config.granularity == "selective":
+        return {"recompute_granularity": "selective", "recompute_modules": list(config.modules)}
+    return {
+        "recompute_granularity": "full",
+        "recompute_method": config.method,
+        "recompute_num_layers": config.num_layers,
+    }

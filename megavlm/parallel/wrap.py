@@ -1,0 +1,130 @@
+"""Data parallelism: model chunks in megatron-core's DDP, and the (distributed) optimizer over them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from megatron.core.distributed import (
+    DistributedDataParallel,
+    DistributedDataParallelConfig,
+    finalize_model_grads,
+)
+from megatron.core.optimizer import MegatronOptimizer, get_megatron_optimizer
+from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
+from megatron.core.transformer.module import MegatronModule
+
+from megavlm.config import Config, option, require
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataParallelConfig(Config):
+    """How gradients are reduced over the data-parallel ranks."""
+
+    use_distributed_optimizer: bool = True
+    """Deal the optimizer's state over the data-parallel ranks."""
+    overlap_grad_reduce: bool = False
+    """Reduce gradients while the backward pass still runs."""
+    overlap_param_gather: bool = False
+    """Gather updated parameters while the next forward pass runs."""
+    grad_reduce_in_fp32: bool = option(True, name="--grad-reduce-in-fp32")
+    """Accumulate and reduce gradients in float32 whatever the parameters are."""
+
+    def check(self) -> None:
+        require(
+            self.use_distributed_optimizer or not self.overlap_param_gather,
+            self,
+            "overlap_param_gather",
+            "needs the distributed optimizer",
+            "add --use-distributed-optimizer, or drop --overlap-param-gather",
+        )
+        require(
+            self.overlap_grad_reduce or not self.overlap_param_gather,
+            self,
+            "overlap_param_gather",
+            "needs overlap_grad_reduce",
+            "add --overlap-grad-reduce",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerConfig(Config):
+    """AdamW and gradient clipping."""
+
+    lr: float = 1e-4
+    """Peak learning rate."""
+    weight_decay: float = 0.1
+    """Decoupled weight decay; never on biases and norms."""
+    adam_beta1: float = 0.9
+    """Decay of the first moment."""
+    adam_beta2: float = 0.95
+    """Decay of the second moment."""
+    adam_eps: float = 1e-8
+    """Added to the root of the second moment."""
+    clip_grad: float = 1.0
+    """Largest norm of the whole gradient; 0 clips nothing."""
+
+    def check(self) -> None:
+        require(self.lr > 0, self, "lr", "must be positive", "use for example 1e-4")
+        require(self.weight_decay >= 0, self, "weight_decay", "must not be negative", "use 0 for none")
+        require(self.clip_grad >= 0, self, "clip_grad", "must not be negative", "use 0 for none")
+        for name in ("adam_beta1", "adam_beta2"):
+            require(0 <= getattr(self, name) < 1, self, name, "is outside [0, 1)", "use for example 0.9")
+        require(self.adam_eps > 0, self, "adam_eps", "must be positive", "use for example 1e-8")
+
+
+def wrap_data_parallel(chunks: list[MegatronModule], config: DataParallelConfig) -> list[DistributedDataParallel]:
+    """Each pipeline chunk in its DDP; gradients are then finalised by megatron-core at the end of a schedule."""
+    ddp_config = DistributedDataParallelConfig(
+        grad_reduce_in_fp32=config.grad_reduce_in_fp32,
+        overlap_grad_reduce=config.overlap_grad_reduce,
+        overlap_param_gather=config.overlap_param_gather,
+        use_distributed_optimizer=config.use_distributed_optimizer,
+    )
+    wrapped = [
+        DistributedDataParallel(
+            chunk.config,
+            ddp_config,
+            chunk,
+            # Only the first chunk's backward comes last, so only its reduction is worth cutting into buckets.
+            disable_bucketing=index > 0,
+        )
+        for index, chunk in enumerate(chunks)
+    ]
+    _connect(wrapped, config)
+    return wrapped
+
+
+def _connect(wrapped: list[DistributedDataParallel], config: DataParallelConfig) -> None:
+    """Tell the schedules (through the chunks' shared TransformerConfig) how gradients and parameters are synced."""
+    transformer = wrapped[0].config
+    transformer.finalize_model_grads_func = finalize_model_grads
+
+    def one_or_all(functions: list[Any]) -> Any:
+        return functions[0] if len(functions) == 1 else functions
+
+    if config.overlap_grad_reduce:
+        transformer.no_sync_func = one_or_all([chunk.no_sync for chunk in wrapped])
+    if config.overlap_param_gather:
+        transformer.param_sync_func = one_or_all([chunk.start_param_sync for chunk in wrapped])
+
+
+def make_optimizer(
+    chunks: list[DistributedDataParallel], config: OptimizerConfig, data_parallel: DataParallelConfig, dtype: torch.dtype
+) -> MegatronOptimizer:
+    """AdamW over all trainable parameters; with float32 master weights where the parameters are bf16."""
+    megatron_config = MegatronOptimizerConfig(
+        optimizer="adam",
+        lr=config.lr,
+        weight_decay=config.weight_decay,
+        adam_beta1=config.adam_beta1,
+        adam_beta2=config.adam_beta2,
+        adam_eps=config.adam_eps,
+        clip_grad=config.clip_grad,
+        bf16=dtype == torch.bfloat16,
+        params_dtype=dtype,
+        use_distributed_optimizer=data_parallel.use_distributed_optimizer,
+        overlap_param_gather=data_parallel.overlap_param_gather,
+    )
+    return get_megatron_optimizer(megatron_config, chunks, use_gloo_process_groups=False)

@@ -1,0 +1,144 @@
+"""The CPU adapter: lets unmodified megatron-core train on CPU processes over gloo.
+
+megatron-core names CUDA in three ways, and each has one answer here:
+
+1. It calls `torch.cuda` functions that raise where there is no CUDA (`current_device`, `synchronize`, ...). They are
+   replaced by what they mean on a CPU: `_TORCH_CUDA` lists each with its reason. Nothing else of torch is touched, so
+   plain torch code costs what it cost before.
+2. It writes CUDA into literals: `device="cuda"`, `param.type() == "torch.cuda.FloatTensor"`. In the modules of
+   `_MODULES_WITH_LITERALS` those constants are replaced inside the compiled functions. This holds inside `backward`
+   too (recompute), where a `TorchFunctionMode` is off, and costs nothing when a function runs.
+3. It keeps a generator per GPU for dropout under tensor parallelism. `_RNG` maps those few functions to the one CPU
+   generator.
+
+Nothing here is imported on a machine with CUDA.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib
+import inspect
+import types
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+
+_installed = False
+
+
+def install() -> None:
+    """Install the adapter in this process; a second call does nothing."""
+    global _installed
+    if _installed:
+        return
+    assert not torch.cuda.is_available(), "the CPU adapter must not be installed beside CUDA"
+    for name, replacement in _TORCH_CUDA.items():
+        setattr(torch.cuda, name, replacement)
+    _without_compiler()
+    for name in _MODULES_WITH_LITERALS:
+        _rewrite_module(importlib.import_module(name))
+    rng = importlib.import_module("megatron.core.tensor_parallel.random")
+    for name, replacement in _RNG.items():
+        setattr(rng, name, replacement)
+    _installed = True
+
+
+# --- 1. torch.cuda functions that raise without CUDA --------------------------------------------------------------
+
+_CPU = torch.device("cpu")
+
+_TORCH_CUDA: dict[str, Callable[..., Any]] = {
+    # Passed as `device=` by buffers, receive buffers and gathers all over megatron-core.
+    "current_device": lambda: _CPU,
+    # Called around point-to-point receives, and by the timers: a CPU has nothing outstanding.
+    "synchronize": lambda device=None: None,
+    # model_parallel_cuda_manual_seed seeds "the GPU" with it.
+    "manual_seed": lambda seed: torch.default_generator.manual_seed(seed),
+    # The RNG tracker saves and restores "the GPU's" state around each seed it adds.
+    "get_rng_state": lambda device="cuda": torch.get_rng_state(),
+}
+
+
+# --- 2. CUDA in literals ---------------------------------------------------------------------------------------------
+
+_MODULES_WITH_LITERALS = (
+    "megatron.core.pipeline_parallel.schedules",  # the token counter: zeros(..., device="cuda")
+    "megatron.core.optimizer.optimizer",  # found_inf and scale buffers; param.type() against torch.cuda.*Tensor
+    "megatron.core.optimizer.distrib_optimizer",  # param.type() against torch.cuda.*Tensor
+    "megatron.core.optimizer.clip_grads",  # norm buffers; grad.type() == "torch.cuda.FloatTensor"
+    "megatron.core.optimizer.grad_scaler",  # loss-scale buffers
+    "megatron.core.distributed.param_and_grad_buffer",  # a warm-up buffer of registered communication
+    "megatron.core.transformer.utils",  # masks built with device="cuda"
+)
+
+_LITERALS = {
+    "cuda": "cpu",
+    "torch.cuda.FloatTensor": "torch.FloatTensor",
+    "torch.cuda.HalfTensor": "torch.HalfTensor",
+    "torch.cuda.BFloat16Tensor": "torch.BFloat16Tensor",
+}
+
+
+def _on_cpu(constant: Any) -> Any:
+    """The constant with CUDA names replaced, in nested tuples and nested functions as well."""
+    if isinstance(constant, str):
+        return _LITERALS.get(constant, constant)
+    if isinstance(constant, tuple):
+        return tuple(map(_on_cpu, constant))
+    if isinstance(constant, types.CodeType):
+        return constant.replace(co_consts=tuple(map(_on_cpu, constant.co_consts)))
+    return constant
+
+
+def _rewrite_function(function: types.FunctionType) -> None:
+    function.__code__ = _on_cpu(function.__code__)
+    if function.__defaults__:
+        function.__defaults__ = tuple(map(_on_cpu, function.__defaults__))
+
+
+def _functions_of(namespace: Any, module_name: str) -> Iterator[types.FunctionType]:
+    """Every function defined in the module: plain, decorated, and in its classes (properties included)."""
+    for member in list(vars(namespace).values()):
+        if isinstance(member, property):
+            yield from (part for part in (member.fget, member.fset) if isinstance(part, types.FunctionType))
+            continue
+        function = inspect.unwrap(getattr(member, "__func__", member)) if callable(member) else member
+        function = getattr(member, "__func__", function)
+        if inspect.isclass(member) and member.__module__ == module_name:
+            yield from _functions_of(member, module_name)
+        elif isinstance(function, types.FunctionType):
+            function = inspect.unwrap(function)
+            if isinstance(function, types.FunctionType) and function.__module__ == module_name:
+                yield function
+
+
+def _rewrite_module(module: types.ModuleType) -> None:
+    for function in _functions_of(module, module.__name__):
+        _rewrite_function(function)
+
+
+def _without_compiler() -> None:
+    """Keep megatron-core's small fused functions eager.
+
+    They are wrapped in torch.compile when their modules are imported; on a CPU each process would spend seconds in a
+    C++ compiler for functions that the CPU runs no faster.
+    """
+    jit = importlib.import_module("megatron.core.jit")
+    jit.disable_jit_fuser()
+
+
+# --- 3. The generator ------------------------------------------------------------------------------------------------
+
+
+def _get_rng_state(device: Any = "cuda", clone: bool = False, graph_safe: bool = False) -> torch.Tensor:
+    return torch.get_rng_state()
+
+
+def _set_rng_state(new_state: torch.Tensor, device: Any = -1, graph_safe: bool = False) -> None:
+    torch.set_rng_state(new_state)
+
+
+_RNG: dict[str, Callable[..., Any]] = {"_get_cuda_rng_state": _get_rng_state, "_set_cuda_rng_state": _set_rng_state}
