@@ -1,0 +1,75 @@
+"""A rank-aware logger, and the line of a training iteration in Megatron's own words.
+
+Plain `logging` underneath: what is below a warning goes to standard output from rank 0 only, warnings and errors go
+to standard error from every rank, marked with it.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import datetime
+
+_ROOT = "megavlm"
+
+
+@dataclass(frozen=True, kw_only=True)
+class IterationStats:
+    """What one line of the training log says; times in milliseconds, losses by name, as in {"lm loss": 2.3}."""
+
+    iteration: int
+    train_iters: int
+    consumed_samples: int
+    elapsed_time_per_iteration_ms: float
+    learning_rate: float
+    global_batch_size: int
+    losses: Mapping[str, float]
+    grad_norm: float
+    loss_scale: float = 1.0
+    skipped_iterations: int = 0
+    nan_iterations: int = 0
+
+
+def iteration_line(stats: IterationStats, now: datetime) -> str:
+    """The line as Megatron-LM writes it, to the space: existing greps and dashboards read it."""
+    fields = [
+        f"iteration {stats.iteration:8d}/{stats.train_iters:8d}",
+        f"consumed samples: {stats.consumed_samples:12d}",
+        f"elapsed time per iteration (ms): {stats.elapsed_time_per_iteration_ms:.1f}",
+        f"learning rate: {stats.learning_rate:.6E}",
+        f"global batch size: {stats.global_batch_size:5d}",
+        *(f"{name}: {loss:.6E}" for name, loss in stats.losses.items()),
+        f"loss scale: {stats.loss_scale:.1f}",
+        f"grad norm: {stats.grad_norm:.3f}",
+        f"number of skipped iterations: {stats.skipped_iterations:3d}",
+        f"number of nan iterations: {stats.nan_iterations:3d}",
+    ]
+    return f" [{now:%Y-%m-%d %H:%M:%S}] {' | '.join(fields)} |"
+
+
+def log_iteration(stats: IterationStats) -> None:
+    """Print the line from the rank that calls, whichever it is: the rank that has the loss need not be rank 0."""
+    get_logger(__name__).info("%s", iteration_line(stats, datetime.now()), extra={"from_any_rank": True})
+
+
+def get_logger(name: str) -> logging.Logger:
+    """The logger of a module; names outside the package (`__main__`) are put below it, to share its handlers."""
+    return logging.getLogger(name if name.partition(".")[0] == _ROOT else f"{_ROOT}.{name}")
+
+
+def setup_logging(rank: int, world_size: int, level: int = logging.INFO) -> None:
+    """Send this process's log to its streams; called again, it replaces what it set up before."""
+    assert 0 <= rank < world_size, (rank, world_size)
+    output = logging.StreamHandler(sys.stdout)  # flushes after each record
+    output.addFilter(lambda record: record.levelno < logging.WARNING)
+    output.addFilter(lambda record: rank == 0 or hasattr(record, "from_any_rank"))
+    output.setFormatter(logging.Formatter("%(message)s"))
+    errors = logging.StreamHandler(sys.stderr)
+    errors.setLevel(logging.WARNING)
+    errors.setFormatter(logging.Formatter(f"[rank {rank}] %(levelname)s %(name)s: %(message)s"))
+    root = logging.getLogger(_ROOT)
+    root.handlers[:] = [output, errors]
+    root.setLevel(level)
+    root.propagate = False  # a root handler of another library would print every line again
