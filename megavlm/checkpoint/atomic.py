@@ -19,6 +19,12 @@ from megavlm.errors import ConfigError
 SUMS_FILE = "SHA256SUMS"
 
 
+def staging_path(final: str | Path) -> Path:
+    """Where the files of `final` are written until it is committed: the same for every process."""
+    final = _target(final)
+    return final.with_name(f".{final.name}.partial")
+
+
 def open_staging(final: str | Path, overwrite: bool = False) -> Path:
     """Make the empty staging folder of `final`; what an interrupted earlier try left is cleared away."""
     final = _target(final)
@@ -30,7 +36,7 @@ def open_staging(final: str | Path, overwrite: bool = False) -> Path:
         else:
             replaced.rename(final)
     _refuse_existing(final, overwrite)
-    staging = final.with_name(f".{final.name}.partial")
+    staging = staging_path(final)
     if staging.exists():
         shutil.rmtree(staging)
     staging.mkdir(parents=True)

@@ -155,7 +155,7 @@ def _map_state(path: Path) -> dict[str, Tensor]:
             problem, remedy = f"is a nested dict of {len(value)} entries", "save this inner dict alone"
             raise WeightsError(f"content of {path}", name, problem, remedy)
         if not isinstance(name, str) or not isinstance(value, Tensor):
-            problem = f"is a {type(value).__name__}, where a name and its tensor belong"
+            problem = f"is of type {type(value).__name__}, where a name and its tensor belong"
             raise WeightsError(f"content of {path}", name, problem, "save the state_dict() of the model alone")
     return state
 

@@ -8,6 +8,7 @@ and calls `finish`. The same tensors in the same order give the same bytes.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +26,6 @@ INDEX_FILE = "model.safetensors.index.json"
 @dataclass(frozen=True)
 class TensorEntry:
     name: str
-    dtype: str
     shape: tuple[int, ...]
     nbytes: int
 
@@ -90,10 +90,7 @@ class HFWriter:
     def _write_shard(self) -> None:
         file = self.folder / f"part-{self._index:05d}-shard-{len(self._shards):05d}.safetensors"
         save_file(self._pending, file, metadata={"format": "pt"})
-        tensors = tuple(
-            TensorEntry(name, str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape), tensor.nbytes)
-            for name, tensor in self._pending.items()
-        )
+        tensors = tuple(TensorEntry(name, tuple(tensor.shape), tensor.nbytes) for name, tensor in self._pending.items())
         self._shards.append(ShardEntry(file.name, file_sum(file), tensors))
         self._pending, self._pending_bytes = {}, 0
 
@@ -120,8 +117,10 @@ def finish(
             assert tensor.name not in weight_map, f"{tensor.name} is in {weight_map[tensor.name]} and in {file}"
             weight_map[tensor.name] = file
     if len(shards) > 1:
-        total = sum(tensor.nbytes for shard in shards for tensor in shard.tensors)
-        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        tensors = [tensor for shard in shards for tensor in shard.tensors]
+        parameters = sum(math.prod(tensor.shape) for tensor in tensors)
+        size = sum(tensor.nbytes for tensor in tensors)
+        index = {"metadata": {"total_parameters": parameters, "total_size": size}, "weight_map": weight_map}
         (staging / INDEX_FILE).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     for name, content in extra_files.items():
         assert not (staging / name).exists(), f"{name} is written already"
