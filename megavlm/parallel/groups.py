@@ -50,10 +50,24 @@ def world_from_environment() -> tuple[int, int]:
     return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
 
 
-def start(parallel: ParallelConfig, seed: int = 1234, timeout_minutes: float = 10.0) -> Groups:
-    """Join the other processes, build the groups, seed the generators. The layout must have been checked."""
+def join(timeout_minutes: float = 10.0) -> int:
+    """Join the other processes of the run, as torchrun lists them; return how many there are."""
+    rank, world_size = world_from_environment()
+    if dist.is_initialized():
+        return world_size
     device = platform.prepare()
-    _join(device, timedelta(minutes=timeout_minutes))
+    if device.type == "cuda":
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    # Without torchrun there is no address to meet at, and nobody to meet.
+    store = None if "MASTER_ADDR" in os.environ else dist.HashStore()
+    dist.init_process_group(
+        platform.backend(), store=store, rank=rank, world_size=world_size, timeout=timedelta(minutes=timeout_minutes)
+    )
+    return world_size
+
+
+def start(parallel: ParallelConfig, seed: int = 1234) -> Groups:
+    """Build the groups over the joined processes and seed the generators. The layout must have been checked."""
     stages = parallel.pipeline_model_parallel_size
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=parallel.tensor_model_parallel_size,
@@ -79,26 +93,5 @@ def start(parallel: ParallelConfig, seed: int = 1234, timeout_minutes: float = 1
 
 
 def stop() -> None:
-    """Leave all groups, so that the process can end or start again with another layout."""
+    """Forget the groups; the processes stay joined and can start again with another layout."""
     parallel_state.destroy_model_parallel()
-    if dist.is_initialized():
-        dist.destroy_process_group()
-
-
-def leave_model_groups() -> None:
-    """Forget the model-parallel groups but stay joined, for another layout over the same processes."""
-    parallel_state.destroy_model_parallel()
-
-
-def _join(device: torch.device, timeout: timedelta) -> None:
-    if dist.is_initialized():
-        return
-    rank, world_size = world_from_environment()
-    if device.type == "cuda":
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
-    if "MASTER_ADDR" in os.environ:
-        dist.init_process_group(platform.backend(), rank=rank, world_size=world_size, timeout=timeout)
-    else:
-        dist.init_process_group(
-            platform.backend(), store=dist.HashStore(), rank=rank, world_size=world_size, timeout=timeout
-        )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from megatron.core.distributed import (
@@ -54,6 +54,12 @@ class OptimizerConfig(Config):
 
     lr: float = 1e-4
     """Peak learning rate."""
+    min_lr: float = 0.0
+    """Learning rate at the last step of a cosine or linear decay."""
+    lr_decay_style: Literal["constant", "cosine", "linear"] = "constant"
+    """How the learning rate goes down after the warm-up."""
+    lr_warmup_iters: int = 0
+    """Steps over which the learning rate rises from 0."""
     weight_decay: float = 0.1
     """Decoupled weight decay; never on biases and norms."""
     adam_beta1: float = 0.9
@@ -67,6 +73,8 @@ class OptimizerConfig(Config):
 
     def check(self) -> None:
         require(self.lr > 0, self, "lr", "must be positive", "use for example 1e-4")
+        require(0 <= self.min_lr <= self.lr, self, "min_lr", f"is outside [0, {self.lr}]", "use at most lr")
+        require(self.lr_warmup_iters >= 0, self, "lr_warmup_iters", "must not be negative", "use 0 for none")
         require(self.weight_decay >= 0, self, "weight_decay", "must not be negative", "use 0 for none")
         require(self.clip_grad >= 0, self, "clip_grad", "must not be negative", "use 0 for none")
         for name in ("adam_beta1", "adam_beta2"):
@@ -117,6 +125,7 @@ def make_optimizer(
     megatron_config = MegatronOptimizerConfig(
         optimizer="adam",
         lr=config.lr,
+        min_lr=config.min_lr,
         weight_decay=config.weight_decay,
         adam_beta1=config.adam_beta1,
         adam_beta2=config.adam_beta2,

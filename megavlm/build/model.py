@@ -1,0 +1,77 @@
+"""The model of a run: its chunks on this process, with their weights, wrapped for data parallelism."""
+
+from __future__ import annotations
+
+import contextlib
+
+from megatron.core.distributed import DistributedDataParallel
+
+from megavlm import platform
+from megavlm.build.run_config import RunConfig
+from megavlm.checkpoint.fresh import FreshWeights
+from megavlm.checkpoint.hf_folder import HFFolder
+from megavlm.checkpoint.hf_import import WeightSource, check_folder, load_weights
+from megavlm.errors import WeightsError
+from megavlm.model.backend import uses_transformer_engine
+from megavlm.model.decoder.config import DecoderConfig
+from megavlm.model.decoder.model import Decoder
+from megavlm.model.decoder.state_map import decoder_state_map
+from megavlm.model.precision import check_fp8, precision_fields
+from megavlm.parallel.agree import agreed
+from megavlm.parallel.groups import Groups
+from megavlm.parallel.layout import layout_fields
+from megavlm.parallel.recompute import recompute_fields
+from megavlm.parallel.stages import build_chunks
+from megavlm.parallel.wrap import wrap_data_parallel
+
+
+def build_model(run: RunConfig, groups: Groups) -> list[Decoder]:
+    """This process's chunks, filled from the run's Hugging Face folder or drawn from its seed."""
+    engine = uses_transformer_engine(run.transformer_impl)
+    with agreed():
+        check_fp8(run.precision, *platform.chip(), engine)
+    fields = {
+        **layout_fields(run.parallel, run.precision.dtype, platform.backend()),
+        **precision_fields(run.precision),
+        **recompute_fields(run.recompute),
+        **platform.fused_parts(engine),
+        # The gradient is that of (sum of losses) / (sum of target tokens) over the global batch, in every layout.
+        "calculate_per_token_loss": True,
+    }
+    chunks = build_chunks(
+        run.decoder, fields, run.parallel, groups, run.transformer_impl, run.make_vocab_size_divisible_by
+    )
+    _fill(chunks, run, groups)
+    return chunks
+
+
+def wrap(chunks: list[Decoder], run: RunConfig) -> list[DistributedDataParallel]:
+    """The chunks in megatron-core's data-parallel wrapper."""
+    return wrap_data_parallel(list(chunks), run.data_parallel)
+
+
+def _fill(chunks: list[Decoder], run: RunConfig, groups: Groups) -> None:
+    state_map = decoder_state_map(run.decoder)
+    with contextlib.ExitStack() as files, agreed():
+        source: WeightSource
+        if run.weights.load_hf is None:
+            source = FreshWeights(state_map, run.train.seed, run.decoder.init_method_std)
+        else:
+            source = files.enter_context(HFFolder.open(run.weights.load_hf))
+            _check_config(source, run)
+        check_folder(source, state_map, run.weights.load_hf or "fresh weights")
+        load_weights(chunks, source, state_map, groups.tensor_rank, groups.collection.tp.size())
+
+
+def _check_config(folder: HFFolder, run: RunConfig) -> None:
+    """Refuse a folder of another model before its shapes are compared: the reason reads better."""
+    assert run.weights.load_hf is not None
+    found = DecoderConfig.from_hf(folder.config, f"{run.weights.load_hf}/config.json")
+    for name in ("family", "num_layers", "num_attention_heads", "num_query_groups", "rotary_base", "tied_embeddings"):
+        if getattr(found, name) != getattr(run.decoder, name):
+            raise WeightsError(
+                f"{run.weights.load_hf}/config.json: {name}",
+                getattr(found, name),
+                f"the run's decoder has {getattr(run.decoder, name)!r}",
+                f"take the folder of that model, or set decoder.{name}",
+            )

@@ -1,0 +1,136 @@
+"""Everything that decides a run, in one typed object, and what can be refused before anything is built."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from megavlm.config import Config, option, require
+from megavlm.errors import LayoutError
+from megavlm.model.backend import Implementation
+from megavlm.model.decoder.config import DecoderConfig
+from megavlm.model.precision import PrecisionConfig
+from megavlm.parallel.layout import ParallelConfig, check_layout
+from megavlm.parallel.recompute import RecomputeConfig
+from megavlm.parallel.wrap import DataParallelConfig, OptimizerConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig(Config):
+    """How long and on how much a run trains."""
+
+    train_iters: int = 100
+    """Optimizer steps."""
+    global_batch_size: int = 8
+    """Rows a step, over all data-parallel ranks."""
+    micro_batch_size: int = 1
+    """Rows that pass through the model at once."""
+    seq_length: int = 512
+    """Tokens a row."""
+    seed: int = 1234
+    """Seed of fresh weights, data and dropout."""
+    log_interval: int = 1
+    """Steps between two log lines."""
+
+    def check(self) -> None:
+        for name in ("train_iters", "global_batch_size", "micro_batch_size", "log_interval"):
+            require(getattr(self, name) >= 1, self, name, "must be at least 1", "use a positive number")
+        require(self.seq_length >= 2, self, "seq_length", "leaves nothing to predict", "use at least 2")
+
+
+@dataclass(frozen=True, kw_only=True)
+class WeightsConfig(Config):
+    """Where weights come from and go to."""
+
+    load_hf: str | None = None
+    """Hugging Face folder to start from; none draws fresh weights from the seed."""
+    export_hf: str | None = None
+    """Hugging Face folder to write at the end."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig(Config):
+    """One training run."""
+
+    name: str
+    """The recipe's name."""
+    decoder: DecoderConfig
+    """The decoder's shape."""
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    """Degrees of parallelism."""
+    recompute: RecomputeConfig = field(default_factory=RecomputeConfig)
+    """Activation recompute."""
+    precision: PrecisionConfig = field(default_factory=PrecisionConfig)
+    """Number formats."""
+    data_parallel: DataParallelConfig = field(default_factory=DataParallelConfig)
+    """Gradient reduction."""
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    """AdamW and the learning rate over the steps."""
+    train: TrainConfig = field(default_factory=TrainConfig)
+    """Length and batch."""
+    weights: WeightsConfig = field(default_factory=WeightsConfig)
+    """Folders of weights."""
+    transformer_impl: Implementation = option("auto", name="--transformer-impl")
+    """Whose layers: Transformer Engine's, megatron-core's local ones, or auto (the former where installed)."""
+    make_vocab_size_divisible_by: int = 128
+    """The vocabulary is padded to a multiple of this times the tensor-parallel ranks."""
+
+    def check(self) -> None:
+        window = self.decoder.sliding_window
+        longest = min(self.decoder.max_position_embeddings, window or self.decoder.max_position_embeddings)
+        require(
+            self.train.seq_length <= longest,
+            self,
+            "train.seq_length",
+            f"is longer than the decoder's {'sliding window' if longest == window else 'positions'} of {longest}",
+            f"use at most {longest}",
+        )
+        require(
+            self.optimizer.lr_warmup_iters < self.train.train_iters,
+            self,
+            "optimizer.lr_warmup_iters",
+            f"leaves none of the {self.train.train_iters} steps after the warm-up",
+            f"use at most {self.train.train_iters - 1}",
+        )
+        require(
+            self.make_vocab_size_divisible_by >= 1,
+            self,
+            "make_vocab_size_divisible_by",
+            "must be at least 1",
+            "use 128",
+        )
+
+    def microbatches(self, world_size: int) -> int:
+        """Microbatches a step on each data-parallel rank."""
+        data_ranks = world_size // self.parallel.model_parallel_size
+        return self.train.global_batch_size // (self.train.micro_batch_size * data_ranks)
+
+
+def check_for_world(run: RunConfig, world_size: int) -> None:
+    """Refuse a run that cannot be laid out over `world_size` processes."""
+    check_layout(run.parallel, run.decoder, world_size)
+    tensor = run.parallel.tensor_model_parallel_size
+    if run.parallel.sequence_parallel and run.train.seq_length % tensor:
+        raise LayoutError(
+            "train.seq_length",
+            run.train.seq_length,
+            f"sequence parallelism over {tensor} ranks does not divide it",
+            f"use {run.train.seq_length // tensor * tensor or tensor}, or drop --sequence-parallel",
+        )
+    at_once = run.train.micro_batch_size * (world_size // run.parallel.model_parallel_size)
+    batch = run.train.global_batch_size
+    if batch % at_once:
+        raise LayoutError(
+            "train.global_batch_size",
+            batch,
+            f"does not divide into micro-batches of {run.train.micro_batch_size} on "
+            f"{at_once // run.train.micro_batch_size} data-parallel ranks",
+            f"use {batch // at_once * at_once or at_once} or {(batch // at_once + 1) * at_once}",
+        )
+    stages = run.parallel.pipeline_model_parallel_size
+    if run.parallel.virtual_pipeline_model_parallel_size > 1 and (batch // at_once) % stages:
+        raise LayoutError(
+            "train.global_batch_size",
+            batch,
+            f"gives {batch // at_once} microbatches, which the interleaved schedule cannot deal over {stages} stages",
+            f"use a multiple of {at_once * stages}",
+        )

@@ -1,0 +1,1 @@
+"""Samples: what they are, in which order they come, how they are read."""

@@ -1,0 +1,47 @@
+"""The training loop."""
+
+from __future__ import annotations
+
+import time
+
+from megavlm.build.model import build_model, wrap
+from megavlm.build.run_config import RunConfig
+from megavlm.data.toy_text import toy_step
+from megavlm.log import IterationStats, get_logger, log_iteration
+from megavlm.model.decoder.model import Decoder
+from megavlm.parallel.groups import Groups
+from megavlm.train.optim import build_optimizer
+from megavlm.train.step import train_step
+
+logger = get_logger(__name__)
+
+
+def train(run: RunConfig, groups: Groups) -> list[Decoder]:
+    """Train as the run says and return this process's chunks."""
+    chunks = build_model(run, groups)
+    wrapped = wrap(chunks, run)
+    optimizer, scheduler = build_optimizer(wrapped, run)
+    logger.info("training %s on %d processes", run.name, groups.world_size)
+    began = time.perf_counter()
+    for iteration in range(1, run.train.train_iters + 1):
+        batches = toy_step(run, iteration - 1, groups.data_rank, groups.data_size)
+        learning_rate = scheduler.get_lr(optimizer.param_groups[0])
+        result = train_step(wrapped, optimizer, batches, groups)
+        scheduler.step(increment=1)
+        if groups.speaks and iteration % run.train.log_interval == 0:
+            elapsed = (time.perf_counter() - began) * 1000 / run.train.log_interval
+            log_iteration(
+                IterationStats(
+                    iteration=iteration,
+                    train_iters=run.train.train_iters,
+                    consumed_samples=iteration * run.train.global_batch_size,
+                    elapsed_time_per_iteration_ms=elapsed,
+                    learning_rate=learning_rate,
+                    global_batch_size=run.train.global_batch_size,
+                    losses={"lm loss": result.loss},
+                    grad_norm=result.grad_norm,
+                    skipped_iterations=0 if result.applied else 1,
+                )
+            )
+            began = time.perf_counter()
+    return chunks

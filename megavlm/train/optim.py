@@ -1,0 +1,32 @@
+"""The optimizer of a run and its learning rate over the steps."""
+
+from __future__ import annotations
+
+from megatron.core.distributed import DistributedDataParallel
+from megatron.core.optimizer import MegatronOptimizer
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+
+from megavlm.build.run_config import RunConfig
+from megavlm.parallel.wrap import make_optimizer
+
+
+def build_optimizer(
+    chunks: list[DistributedDataParallel], run: RunConfig
+) -> tuple[MegatronOptimizer, OptimizerParamScheduler]:
+    """AdamW over the trainable parameters, and megatron-core's scheduler, which counts in steps here."""
+    settings = run.optimizer
+    optimizer = make_optimizer(chunks, settings, run.data_parallel, run.precision.dtype)
+    scheduler = OptimizerParamScheduler(
+        optimizer,
+        init_lr=0.0,
+        max_lr=settings.lr,
+        min_lr=settings.min_lr,
+        lr_warmup_steps=settings.lr_warmup_iters,
+        lr_decay_steps=run.train.train_iters,
+        lr_decay_style=settings.lr_decay_style,
+        start_wd=settings.weight_decay,
+        end_wd=settings.weight_decay,
+        wd_incr_steps=run.train.train_iters,
+        wd_incr_style="constant",
+    )
+    return optimizer, scheduler
