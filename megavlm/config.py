@@ -167,7 +167,7 @@ def require(
     """Raise the error, which names the (dotted) field of the config and its value, unless the condition holds."""
     if not condition:
         value = functools.reduce(getattr, field.split("."), config)
-        raise error(_where(type(config), field), _plain(value), problem, remedy)
+        raise error(_where(type(config), field), value, problem, remedy)
 
 
 def field_docs(cls: type[Config]) -> dict[str, str]:

@@ -54,6 +54,7 @@ class DataConfig(Config):
     sources: tuple[SourceConfig, ...] = ()
     mix: dict[str, float] = field(default_factory=dict)
     tokenizer: str | None = None
+    image_channels: Literal[1, 3] = 3
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,6 +123,7 @@ def test_plain_data_stands_for_typed_values() -> None:
         (ParallelConfig, "pipeline_layout", 3, "a list, each item an integer or null"),
         (ParallelConfig, "recompute_granularity", "some", "one of none, selective, full"),
         (DataConfig, "tokenizer", 7, "text or null"),
+        (DataConfig, "image_channels", True, "one of 1, 3"),
         (DataConfig, "mix", [1], "a mapping, each value a finite number"),
     ],
 )
@@ -183,6 +185,11 @@ def test_round_trip_is_exact(suffix: str, tmp_path: Path) -> None:
     assert RunConfig.from_dict(run.to_dict()) == run
 
 
+def test_text_keeps_the_order_of_the_fields() -> None:
+    assert full_run().to_yaml().startswith("heads: 8\nlr: 3.0e-05\nparallel:\n  tensor_model_parallel_size: 2\n")
+    assert full_run().to_json().startswith('{\n  "heads": 8,\n  "lr": 3e-05,\n  "parallel": {\n')
+
+
 def test_yaml_numbers_without_a_dot_are_numbers_in_float_fields_only() -> None:
     run = RunConfig.from_yaml("heads: 8\nlr: 1e-4\ndata: {mix: {web: 2e5}, tokenizer: 1e-4}\n")
     assert (run.lr, run.data.mix, run.data.tokenizer) == (1e-4, {"web": 2e5}, "1e-4")
@@ -237,12 +244,15 @@ def test_override_reads_values_by_the_type_of_the_field() -> None:
         "parallel.recompute_granularity=none",
         "data.tokenizer=7",
         "data.mix={web: 1e-4}",
+        "data.image_channels=1",
         "data.sources=[{path: x, weight: 3e0}]",
         "evaluation=none",
     )
     assert run.lr == 1e-3
     assert run.parallel == ParallelConfig(tensor_model_parallel_size=2, pipeline_layout=(1, 7))
-    assert run.data == DataConfig(sources=(SourceConfig(path="x", weight=3.0),), mix={"web": 1e-4}, tokenizer="7")
+    assert run.data == DataConfig(
+        sources=(SourceConfig(path="x", weight=3.0),), mix={"web": 1e-4}, tokenizer="7", image_channels=1
+    )
     assert run.evaluation is None
     assert run.override("data.tokenizer=none").data.tokenizer is None
     assert run.override("evaluation.tokenizer=b").evaluation == DataConfig(tokenizer="b")

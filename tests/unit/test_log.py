@@ -112,6 +112,12 @@ def test_setting_up_again_replaces_what_was_set_up(capsys: pytest.CaptureFixture
     assert (streams.out, streams.err) == ("", "[rank 1] WARNING megavlm.x: once\n")
 
 
+def test_handlers_of_other_libraries_do_not_print_again(caplog: pytest.LogCaptureFixture) -> None:
+    setup_logging(rank=0, world_size=1)
+    get_logger("megavlm.x").warning("once")
+    assert caplog.records == []
+
+
 def test_only_the_chosen_level_and_above_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
     setup_logging(rank=0, world_size=1, level=logging.WARNING)
     log_iteration(STATS)
