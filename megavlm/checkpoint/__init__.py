@@ -1,0 +1,1 @@
+"""Saving and loading: sharded checkpoints, and weight folders of other programs."""

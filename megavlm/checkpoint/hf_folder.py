@@ -1,0 +1,139 @@
+"""Reading a Hugging Face folder of weights: its config, and any tensor or part of one by name.
+
+All that can be wrong with the folder is found by `HFFolder.open`, from the headers of its files. Reading is lazy: a
+read holds the memory of what it returns and no more, so a tensor-parallel rank pays for its own rows or columns only.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megavlm.checkpoint.weight_files import SafetensorsFile, TensorInfo, TorchFile, open_weight_file
+from megavlm.errors import WeightsError
+
+# In the order of preference.
+_ENTRY_FILES = (
+    "model.safetensors.index.json",
+    "model.safetensors",
+    "pytorch_model.bin.index.json",
+    "pytorch_model.bin",
+)
+
+
+class HFFolder:
+    """The config and the tensors of one Hugging Face folder."""
+
+    def __init__(self, path: Path, config: dict[str, Any], files: dict[str, SafetensorsFile | TorchFile]) -> None:
+        """`files` says for the name of each tensor in which file it lies; users call `open`."""
+        self.path = path
+        self.config = config
+        self._files = files
+
+    @classmethod
+    def open(cls, path: str | Path) -> HFFolder:
+        """Find the files of weights in a folder and check them all by their headers."""
+        path = Path(path)
+        if not path.is_dir():
+            remedy = "give a folder on this machine, for example one made by `hf download NAME --local-dir FOLDER`"
+            raise WeightsError("weights folder", str(path), "there is no such folder", remedy)
+        config = _read_json(path / "config.json")
+        entry = next((path / name for name in _ENTRY_FILES if (path / name).is_file()), None)
+        if entry is None:
+            problem = f"holds none of {', '.join(_ENTRY_FILES)}"
+            raise WeightsError("weights folder", str(path), problem, "copy or download the weights into it")
+        if entry.suffix == ".json":
+            return cls(path, config, _open_shards(entry))
+        file = open_weight_file(entry)
+        return cls(path, config, dict.fromkeys(file.tensors, file))
+
+    def __enter__(self) -> HFFolder:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Let go of the files; tensors that were read stay valid."""
+        for file in self._files.values():
+            file.close()
+
+    def names(self) -> list[str]:
+        """The names of all tensors, sorted."""
+        return sorted(self._files)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self._info(name).shape
+
+    def dtype(self, name: str) -> torch.dtype:
+        return self._info(name).dtype
+
+    def read(self, name: str) -> Tensor:
+        """The whole tensor."""
+        return self._file(name).read(name)
+
+    def read_rows(self, name: str, start: int, stop: int) -> Tensor:
+        """The slice `tensor[start:stop]`."""
+        return self._read_slice(name, 0, start, stop)
+
+    def read_columns(self, name: str, start: int, stop: int) -> Tensor:
+        """The slice `tensor[:, start:stop]`."""
+        return self._read_slice(name, 1, start, stop)
+
+    def _read_slice(self, name: str, dimension: int, start: int, stop: int) -> Tensor:
+        shape = self.shape(name)
+        assert len(shape) > dimension and 0 <= start <= stop <= shape[dimension], (name, shape, dimension, start, stop)
+        return self._file(name).read(name, (slice(None),) * dimension + (slice(start, stop),))
+
+    def _info(self, name: str) -> TensorInfo:
+        return self._file(name).tensors[name]
+
+    def _file(self, name: str) -> SafetensorsFile | TorchFile:
+        if name not in self._files:
+            nearest = difflib.get_close_matches(name, self._files)
+            remedy = f"the nearest names are {', '.join(nearest)}" if nearest else f"its names start {self.names()[:3]}"
+            raise WeightsError(f"tensor of {self.path}", name, "the folder holds no tensor of this name", remedy)
+        return self._files[name]
+
+
+def _open_shards(index: Path) -> dict[str, SafetensorsFile | TorchFile]:
+    """The file of each tensor, where the index and the shards agree."""
+    where = f"weight_map of {index}"
+    weight_map = _read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(shard, str) for shard in weight_map.values()):
+        raise WeightsError(where, weight_map, "should give a file for each tensor", "copy or download it again")
+    shards: dict[str, SafetensorsFile | TorchFile] = {}
+    for shard in sorted(set(weight_map.values())):
+        # A name like ../x must not lead out of the folder.
+        if Path(shard).name != shard or not (index.parent / shard).is_file():
+            raise WeightsError(where, shard, f"there is no such file in {index.parent}", "copy or download it again")
+        shards[shard] = open_weight_file(index.parent / shard)
+    first: dict[str, str] = {}
+    for shard, file in shards.items():
+        for name in file.tensors:
+            if name in first:
+                problem = f"is both in {first[name]} and in {shard}"
+                raise WeightsError(f"tensor of {index.parent}", name, problem, "download all shards from one place")
+            first[name] = shard
+    for name, shard in weight_map.items():
+        if name not in shards[shard].tensors:
+            problem = f"{shard} holds no such tensor"
+            raise WeightsError(where, name, problem, "download the index and all shards from one place")
+    return {name: shards[shard] for name, shard in weight_map.items()}
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise WeightsError("weights folder", str(path.parent), f"{path.name} is missing", "copy or download it")
+    try:
+        content = json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise WeightsError(f"content of {path}", str(error), "is not JSON", "copy or download it again") from error
+    if not isinstance(content, dict):
+        raise WeightsError(f"content of {path}", content, "should be a JSON object", "copy or download it again")
+    return content

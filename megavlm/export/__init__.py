@@ -1,0 +1,1 @@
+"""Our state as Hugging Face folders."""
