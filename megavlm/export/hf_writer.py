@@ -90,11 +90,8 @@ class HFWriter:
     def _write_shard(self) -> None:
         file = self.folder / f"part-{self._index:05d}-shard-{len(self._shards):05d}.safetensors"
         save_file(self._pending, file, metadata={"format": "pt"})
-<<<<<<< HEAD
-=======
         # safetensors 0.8 makes files that their owner alone can read: give them the permissions of the folder.
         file.chmod(self.folder.stat().st_mode & 0o666)
->>>>>>> hfio
         tensors = tuple(TensorEntry(name, tuple(tensor.shape), tensor.nbytes) for name, tensor in self._pending.items())
         self._shards.append(ShardEntry(file.name, file_sum(file), tensors))
         self._pending, self._pending_bytes = {}, 0

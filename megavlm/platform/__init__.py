@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
+
 import torch
 
 
@@ -21,3 +23,32 @@ def prepare() -> torch.device:
 def backend() -> str:
     """The torch.distributed backend that carries this machine's tensors."""
     return "nccl" if torch.cuda.is_available() else "gloo"
+
+
+def chip() -> tuple[str, tuple[int, int] | None]:
+    """The name of this process's chip, and its CUDA compute capability (None: it has none)."""
+    if not torch.cuda.is_available():
+        return "this CPU", None
+    return torch.cuda.get_device_name(), torch.cuda.get_device_capability()
+
+
+def fused_parts(transformer_engine: bool) -> dict[str, bool | str]:
+    """The fields of TransformerConfig for fused parts, each on where what it needs is installed.
+
+    Optimizers and multi-tensor kernels need no field: megatron-core takes Transformer Engine's or apex's by itself.
+    """
+    cuda = torch.cuda.is_available()
+    return {
+        # apex's CUDA extension adds weight gradients straight into the float32 buffer; Transformer Engine has its own.
+        "gradient_accumulation_fusion": cuda and (transformer_engine or _importable("fused_weight_gradient_mlp_cuda")),
+        "apply_rope_fusion": cuda and transformer_engine,
+        "cross_entropy_loss_fusion": cuda,
+        "cross_entropy_fusion_impl": "te" if transformer_engine else "native",
+        # torch.compile'd; on a CPU they run eager and save nothing.
+        "bias_activation_fusion": cuda,
+        "bias_dropout_fusion": cuda,
+    }
+
+
+def _importable(module: str) -> bool:
+    return find_spec(module) is not None

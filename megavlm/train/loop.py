@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import time
 
+from megavlm import platform
+from megavlm.batch import TextBatch
 from megavlm.build.model import build_model, wrap
 from megavlm.build.run_config import RunConfig
 from megavlm.data.toy_text import toy_step
@@ -24,7 +26,7 @@ def train(run: RunConfig, groups: Groups) -> list[Decoder]:
     logger.info("training %s on %d processes", run.name, groups.world_size)
     began = time.perf_counter()
     for iteration in range(1, run.train.train_iters + 1):
-        batches = toy_step(run, iteration - 1, groups.data_rank, groups.data_size)
+        batches = _batches(run, iteration - 1, groups)
         learning_rate = scheduler.get_lr(optimizer.param_groups[0])
         result = train_step(wrapped, optimizer, batches, groups)
         scheduler.step(increment=1)
@@ -45,3 +47,20 @@ def train(run: RunConfig, groups: Groups) -> list[Decoder]:
             )
             began = time.perf_counter()
     return chunks
+
+
+def _batches(run: RunConfig, step: int, groups: Groups) -> list[TextBatch]:
+    device = platform.prepare()
+    return [
+        batch.to(device)
+        for batch in toy_step(
+            seed=run.train.seed,
+            step=step,
+            global_batch_size=run.train.global_batch_size,
+            micro_batch_size=run.train.micro_batch_size,
+            seq_length=run.train.seq_length,
+            vocab_size=run.decoder.vocab_size,
+            data_rank=groups.data_rank,
+            data_size=groups.data_size,
+        )
+    ]

@@ -201,11 +201,7 @@ def test_an_unknown_name_is_answered_with_the_nearest(tmp_path: Path) -> None:
         for read in (folder.read, folder.shape, folder.dtype):
             with pytest.raises(WeightsError, match=r"'embd\.weight': the folder holds no tensor.*embed\.weight"):
                 read("embd.weight")
-<<<<<<< HEAD
-        with pytest.raises(WeightsError, match="its names start.*conv.weight"):
-=======
         with pytest.raises(WeightsError, match=r"its names start.*conv\.weight"):
->>>>>>> hfio
             folder.read("???")
 
 

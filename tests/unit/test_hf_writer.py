@@ -107,14 +107,11 @@ def test_the_same_tensors_give_the_same_bytes(tmp_path: Path) -> None:
     assert files(write(tmp_path / "a", tensors())) == files(write(tmp_path / "b", tensors()))
 
 
-<<<<<<< HEAD
-=======
 def test_weights_can_be_read_by_whoever_can_read_the_config(tmp_path: Path) -> None:
     final = write(tmp_path / "out", tensors())
     assert len({path.stat().st_mode for path in final.iterdir()}) == 1
 
 
->>>>>>> hfio
 def test_views_are_written_as_what_they_show(tmp_path: Path) -> None:
     base = torch.arange(24.0).reshape(4, 6)
     views = {"whole": base, "same": base, "transposed": base.t(), "part": base[1:2], "expanded": base[0, 0].expand(3)}
@@ -133,14 +130,9 @@ def test_a_name_is_written_once(tmp_path: Path) -> None:
     with pytest.raises(AssertionError, match="a was added before"), HFWriter(staging) as writer:
         writer.add("a", torch.ones(1))
         writer.add("a", torch.ones(1))
-<<<<<<< HEAD
-    parts = [write_part(staging, {"a": torch.ones(1)}, part=(i, 2)) for i in range(2)]
-    with pytest.raises(AssertionError, match="a is in model-00001-of-00002.safetensors and in model-00002-of-00002"):
-=======
     assert list(staging.iterdir()) == []  # nothing is written behind an error
     parts = [write_part(staging, {"a": torch.ones(1)}, part=(i, 2)) for i in range(2)]
     with pytest.raises(AssertionError, match=r"a is in model-00001-of-00002\.safetensors and in model-00002-of-00002"):
->>>>>>> hfio
         finish(staging, tmp_path / "out", parts, EXTRA)
     assert not (tmp_path / "out").exists()
 
@@ -193,10 +185,6 @@ def test_a_killed_writer_leaves_no_folder_and_the_next_try_succeeds(tmp_path: Pa
 
 def tiny_llama() -> LlamaForCausalLM:
     torch.manual_seed(0)
-<<<<<<< HEAD
-    sizes = {"vocab_size": 64, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2}
-    config = LlamaConfig(**sizes, num_attention_heads=2, num_key_value_heads=1)
-=======
     config = LlamaConfig(
         vocab_size=64,
         hidden_size=16,
@@ -205,7 +193,6 @@ def tiny_llama() -> LlamaForCausalLM:
         num_attention_heads=2,
         num_key_value_heads=1,
     )
->>>>>>> hfio
     return LlamaForCausalLM(config).eval()
 
 
