@@ -72,6 +72,7 @@ _MODULES_WITH_LITERALS = (
     "megatron.core.optimizer.grad_scaler",  # loss-scale buffers
     "megatron.core.distributed.param_and_grad_buffer",  # a warm-up buffer of registered communication
     "megatron.core.transformer.utils",  # masks built with device="cuda"
+    "megatron.core.utils",  # the norm that stands in for the multi-tensor kernel
 )
 
 _LITERALS = {
