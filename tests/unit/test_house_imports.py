@@ -144,7 +144,11 @@ def test_every_module_under_megavlm_has_a_room() -> None:
 @pytest.mark.parametrize(
     ("path", "source", "reason"),
     [
-        ("megavlm/config.py", "import megavlm.build", "the room `base` may import the rooms base and torch, numpy, yaml"),
+        (
+            "megavlm/config.py",
+            "import megavlm.build",
+            "the room `base` may import the rooms base and torch, numpy, yaml",
+        ),
         ("megavlm/data/order.py", "import torch.distributed as dist", "plain arguments"),
         ("megavlm/data/order.py", "import torch\nrank = torch.distributed.get_rank()", "plain arguments"),
         ("megavlm/data/chat.py", "from transformers import AutoModel", "the room `data` may import"),

@@ -45,6 +45,7 @@ def dangers(source: str, path: str) -> list[tuple[str, str]]:
     found = [
         (node.lineno, rule, remedy)
         for node in ast.walk(tree)
+        if isinstance(node, ast.stmt | ast.expr)
         for rule, remedy in (*_import_dangers(node), *_call_dangers(node, names))
     ]
     return [(rule, f"{path}:{line}: {rule}: {remedy}") for line, rule, remedy in found if rule not in allowed]
