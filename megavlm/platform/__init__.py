@@ -1,0 +1,1 @@
+"""CPU adapter and device facts: the only room that knows there may be no CUDA."""
