@@ -17,7 +17,7 @@ from python_source import ROOT
 from megavlm.platform.device import Gpu
 from megavlm.platform.doctor import checks, table
 from megavlm.platform.doctor.checks import Finding, can_train, examine, release, what_runs
-from megavlm.platform.doctor.facts import Facts, apex_submodules, installed_versions
+from megavlm.platform.doctor.facts import APEX_EXTENSIONS, Facts, apex_submodules, installed_versions
 
 Check = Callable[[Facts], Finding]
 
@@ -57,7 +57,7 @@ NODE = replace(
     driver_gpus=(H100.name,) * 8,
     gpus=(H100,) * 8,
     apex_submodules=("normalization", "optimizers"),
-    has_weight_gradient_fusion=True,
+    apex_extensions=APEX_EXTENSIONS,
 )
 
 
@@ -152,6 +152,12 @@ def test_a_complete_node_has_nothing_to_mend() -> None:
             checks.check_apex,
             "0.1 is not NVIDIA's apex: it has no apex.normalization and no apex.optimizers",
             "pip uninstall apex",
+        ),
+        (
+            replace(with_packages(NODE, transformer_engine_torch=None), apex_extensions=()),
+            checks.check_apex,
+            "NVIDIA's, 0.1, built without amp_C, fused_layer_norm_cuda, fused_weight_gradient_mlp_cuda",
+            "APEX_CPP_EXT=1 APEX_CUDA_EXT=1",
         ),
         (replace(NODE, backends=("gloo",)), checks.check_collectives, "gloo: no nccl", "built with nccl"),
         (replace(LAPTOP, backends=()), checks.check_collectives, "none: no gloo", "built with gloo"),
@@ -252,7 +258,7 @@ def test_what_does_not_stop_training_is_no_problem(
             replace(
                 with_packages(NODE, transformer_engine_torch=None),
                 apex_submodules=None,
-                has_weight_gradient_fusion=False,
+                apex_extensions=(),
             ),
             ("megavlm's own, over torch", "torch's own AdamW", "none"),
         ),
@@ -295,7 +301,8 @@ def test_the_wrong_apex_is_told_from_nvidias(
 ) -> None:
     make_apex(tmp_path, *submodules)
     monkeypatch.syspath_prepend(tmp_path)
-    facts = replace(LAPTOP, packages=installed_versions(["apex"]), apex_submodules=apex_submodules())
+    packages = installed_versions(["apex"])
+    facts = replace(LAPTOP, packages=packages, apex_submodules=apex_submodules(), apex_extensions=APEX_EXTENSIONS)
     finding = checks.check_apex(facts)
     assert facts.apex_submodules == submodules
     assert finding.status == status

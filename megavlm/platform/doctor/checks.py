@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
-from megavlm.platform.doctor.facts import APEX_SUBMODULES, Facts
+from megavlm.platform.doctor.facts import APEX_EXTENSIONS, APEX_SUBMODULES, Facts
 
 Status = Literal["ok", "note", "warning", "problem"]
 GIB = 2**30
@@ -132,14 +132,17 @@ def check_apex(facts: Facts) -> Finding:
         return Finding("apex", "note", "not installed (optional)")
     version = facts.packages.get("apex", "of unknown version")
     missing = [f"apex.{name}" for name in APEX_SUBMODULES if name not in facts.apex_submodules]
-    if not missing:
+    if missing:
+        found = f"{version} is not NVIDIA's apex: it has no {' and no '.join(missing)}"
+        remedy = "pip uninstall apex; NVIDIA's is built from source (see CONTRIBUTING.md) and optional"
+        return Finding("apex", "problem", found, remedy)
+    unbuilt = [name for name in APEX_EXTENSIONS if name not in facts.apex_extensions]
+    if not unbuilt:
         return Finding("apex", "ok", f"NVIDIA's, {version}")
-    return Finding(
-        "apex",
-        "problem",
-        f"{version} is not NVIDIA's apex: it has no {' and no '.join(missing)}",
-        "pip uninstall apex; NVIDIA's is built from source (see CONTRIBUTING.md) and optional",
-    )
+    # Megatron-core takes apex's FusedAdam by the look of it, and it raises when it is built.
+    status: Status = "problem" if "amp_C" in unbuilt and not _has_transformer_engine(facts) else "warning"
+    found = f"NVIDIA's, {version}, built without {', '.join(unbuilt)}"
+    return Finding("apex", status, found, "rebuild it with APEX_CPP_EXT=1 APEX_CUDA_EXT=1 (see CONTRIBUTING.md)")
 
 
 def check_dali(facts: Facts) -> Finding:
@@ -161,7 +164,7 @@ def check_energon(facts: Facts) -> Finding:
 
 
 def check_fused_norms(facts: Facts) -> Finding:
-    return _fused("norms", facts, _has_apex(facts), otherwise="megavlm's own, over torch")
+    return _fused("norms", facts, "fused_layer_norm_cuda", otherwise="megavlm's own, over torch")
 
 
 def check_fused_adam(facts: Facts) -> Finding:
@@ -169,11 +172,11 @@ def check_fused_adam(facts: Facts) -> Finding:
         # Megatron-core chooses by what can be imported, not by what the machine has.
         remedy = "for runs on CPU, use an environment without Transformer Engine and apex"
         return Finding("Adam", "warning", "fused, which needs CUDA; torch sees none", remedy)
-    return _fused("Adam", facts, _has_apex(facts), otherwise="torch's own AdamW")
+    return _fused("Adam", facts, "amp_C", otherwise="torch's own AdamW")
 
 
 def check_weight_gradient_fusion(facts: Facts) -> Finding:
-    return _fused("weight-gradient accumulation", facts, facts.has_weight_gradient_fusion, otherwise="none")
+    return _fused("weight-gradient accumulation", facts, "fused_weight_gradient_mlp_cuda", otherwise="none")
 
 
 def check_cpu(facts: Facts) -> Finding:
@@ -290,11 +293,11 @@ def _check_required(facts: Facts, package: str) -> Finding:
     return Finding(package, "ok", version)
 
 
-def _fused(name: str, facts: Facts, has_apex_part: bool, *, otherwise: str) -> Finding:
+def _fused(name: str, facts: Facts, extension: str, *, otherwise: str) -> Finding:
     """Transformer Engine's comes first, then apex's; without a GPU neither is asked for."""
     if facts.gpus and _has_transformer_engine(facts):
         return Finding(name, "ok", "Transformer Engine's")
-    if facts.gpus and has_apex_part:
+    if facts.gpus and _has_apex(facts) and extension in facts.apex_extensions:
         return Finding(name, "ok", "apex's")
     return Finding(name, "note" if facts.gpus else "ok", otherwise)
 

@@ -40,6 +40,8 @@ COMPILERS = {"C compiler": ("CC", "gcc", "cc", "clang"), "C++ compiler": ("CXX",
 PROGRAMS = ("make", "nvcc")
 APEX_SUBMODULES = ("normalization", "optimizers")
 """What NVIDIA's apex has, megatron-core takes, and PyPI's package of the same name lacks."""
+APEX_EXTENSIONS = ("amp_C", "fused_layer_norm_cuda", "fused_weight_gradient_mlp_cuda")
+"""Top-level modules that a build of NVIDIA's apex with its CUDA parts leaves beside it."""
 
 
 @dataclass(frozen=True)
@@ -66,8 +68,8 @@ class Facts:
     """Why `transformer_engine.pytorch` cannot be imported, as `ErrorType: message`."""
     apex_submodules: tuple[str, ...] | None = None
     """Of APEX_SUBMODULES, those found; None where there is no package `apex` at all."""
-    has_weight_gradient_fusion: bool = False
-    """Whether apex's extension `fused_weight_gradient_mlp_cuda` is there."""
+    apex_extensions: tuple[str, ...] = ()
+    """Of APEX_EXTENSIONS, those found."""
     shared_memory: int | None = None
     """Size of /dev/shm in bytes."""
     programs: dict[str, str] = field(default_factory=dict)
@@ -93,7 +95,7 @@ def gather_facts() -> Facts:
         gpus=gpus,
         transformer_engine_error=_transformer_engine_error(packages),
         apex_submodules=apex_submodules(),
-        has_weight_gradient_fusion=importlib.util.find_spec("fused_weight_gradient_mlp_cuda") is not None,
+        apex_extensions=tuple(name for name in APEX_EXTENSIONS if importlib.util.find_spec(name) is not None),
         shared_memory=shutil.disk_usage("/dev/shm").total if Path("/dev/shm").is_dir() else None,
         programs=_programs(),
         cores=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
