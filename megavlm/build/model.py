@@ -6,7 +6,7 @@ import contextlib
 
 from megatron.core.distributed import DistributedDataParallel
 
-from megavlm import platform
+from megavlm.platform import machine
 from megavlm.build.run_config import RunConfig
 from megavlm.checkpoint.fresh import FreshWeights
 from megavlm.checkpoint.hf_folder import HFFolder
@@ -29,12 +29,12 @@ def build_model(run: RunConfig, groups: Groups) -> list[Decoder]:
     """This process's chunks, filled from the run's Hugging Face folder or drawn from its seed."""
     engine = uses_transformer_engine(run.transformer_impl)
     with agreed():
-        check_fp8(run.precision, *platform.chip(), engine)
+        check_fp8(run.precision, *machine.chip(), engine)
     fields = {
-        **layout_fields(run.parallel, run.precision.dtype, platform.backend()),
+        **layout_fields(run.parallel, run.precision.dtype, machine.backend()),
         **precision_fields(run.precision),
         **recompute_fields(run.recompute),
-        **platform.fused_parts(engine),
+        **machine.fused_parts(engine),
         # The gradient is that of (sum of losses) / (sum of target tokens) over the global batch, in every layout.
         "calculate_per_token_loss": True,
     }

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from megavlm.checkpoint.atomic import open_staging, staging_path
 from megavlm.checkpoint.hf_import import named_parameters
-from megavlm.export.hf_writer import HFWriter, PartIndex, finish
+from megavlm.checkpoint.hf_writer import HFWriter, PartIndex, finish
 from megavlm.model.decoder.config import DecoderConfig
 from megavlm.model.decoder.state_map import decoder_state_map
 from megavlm.model.state_map import Entry, StateMap

@@ -12,7 +12,7 @@ from megatron.core import parallel_state
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
-from megavlm import platform
+from megavlm.platform import machine
 from megavlm.parallel.layout import ParallelConfig
 
 
@@ -55,13 +55,13 @@ def join(timeout_minutes: float = 10.0) -> int:
     rank, world_size = world_from_environment()
     if dist.is_initialized():
         return world_size
-    device = platform.prepare()
+    device = machine.prepare()
     if device.type == "cuda":
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     # Without torchrun there is no address to meet at, and nobody to meet.
     store = None if "MASTER_ADDR" in os.environ else dist.HashStore()
     dist.init_process_group(
-        platform.backend(), store=store, rank=rank, world_size=world_size, timeout=timedelta(minutes=timeout_minutes)
+        machine.backend(), store=store, rank=rank, world_size=world_size, timeout=timedelta(minutes=timeout_minutes)
     )
     return world_size
 
@@ -76,7 +76,7 @@ def start(parallel: ParallelConfig, seed: int = 1234) -> Groups:
             parallel.virtual_pipeline_model_parallel_size if parallel.virtual_pipeline_model_parallel_size > 1 else None
         ),
         # megatron-core makes a second, gloo, copy of each group for its own checkpoint gathers.
-        create_gloo_process_groups=platform.backend() != "gloo",
+        create_gloo_process_groups=machine.backend() != "gloo",
     )
     torch.manual_seed(seed)
     model_parallel_cuda_manual_seed(seed)

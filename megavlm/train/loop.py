@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 
-from megavlm import platform
+from megavlm.platform import machine
 from megavlm.batch import TextBatch
 from megavlm.build.model import build_model, wrap
 from megavlm.build.run_config import RunConfig
@@ -50,7 +50,7 @@ def train(run: RunConfig, groups: Groups) -> list[Decoder]:
 
 
 def _batches(run: RunConfig, step: int, groups: Groups) -> list[TextBatch]:
-    device = platform.prepare()
+    device = machine.prepare()
     return [
         batch.to(device)
         for batch in toy_step(

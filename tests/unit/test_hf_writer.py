@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from megavlm.checkpoint.atomic import open_staging
 from megavlm.checkpoint.hf_folder import HFFolder
 from megavlm.errors import ConfigError
-from megavlm.export.hf_writer import HFWriter, PartIndex, finish
+from megavlm.checkpoint.hf_writer import HFWriter, PartIndex, finish
 
 EXTRA = {"config.json": b'{"hidden_size": 4}', "generation_config.json": b"{}"}
 
@@ -158,7 +158,7 @@ KILLED = """
 import sys, time
 import torch
 from megavlm.checkpoint.atomic import open_staging
-from megavlm.export.hf_writer import HFWriter
+from megavlm.checkpoint.hf_writer import HFWriter
 
 with HFWriter(open_staging(sys.argv[1]), max_shard_bytes=100) as writer:
     for i in range(3):

@@ -1,0 +1,54 @@
+"""The machine that this process runs on, as the rest of the package asks for it."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+
+import torch
+
+
+def prepare() -> torch.device:
+    """Make megatron-core run on this machine and return the device of this process; call it before all else.
+
+    With CUDA this only says which GPU is ours. Without it the CPU adapter is installed, once.
+    """
+    if torch.cuda.is_available():
+        return torch.device("cuda", torch.cuda.current_device())
+    from megavlm.platform import cpu
+
+    cpu.install()
+    return torch.device("cpu")
+
+
+def backend() -> str:
+    """The torch.distributed backend that carries this machine's tensors."""
+    return "nccl" if torch.cuda.is_available() else "gloo"
+
+
+def chip() -> tuple[str, tuple[int, int] | None]:
+    """The name of this process's chip, and its CUDA compute capability (None: it has none)."""
+    if not torch.cuda.is_available():
+        return "this CPU", None
+    return torch.cuda.get_device_name(), torch.cuda.get_device_capability()
+
+
+def fused_parts(transformer_engine: bool) -> dict[str, bool | str]:
+    """The fields of TransformerConfig for fused parts, each on where what it needs is installed.
+
+    Optimizers and multi-tensor kernels need no field: megatron-core takes Transformer Engine's or apex's by itself.
+    """
+    cuda = torch.cuda.is_available()
+    return {
+        # apex's CUDA extension adds weight gradients straight into the float32 buffer; Transformer Engine has its own.
+        "gradient_accumulation_fusion": cuda and (transformer_engine or _importable("fused_weight_gradient_mlp_cuda")),
+        "apply_rope_fusion": cuda and transformer_engine,
+        "cross_entropy_loss_fusion": cuda,
+        "cross_entropy_fusion_impl": "te" if transformer_engine else "native",
+        # torch.compile'd; on a CPU they run eager and save nothing.
+        "bias_activation_fusion": cuda,
+        "bias_dropout_fusion": cuda,
+    }
+
+
+def _importable(module: str) -> bool:
+    return find_spec(module) is not None
