@@ -1,12 +1,9 @@
-"""The model of a run: its chunks on this process, with their weights, wrapped for data parallelism."""
+"""The model of a run: its chunks on this process, with their weights."""
 
 from __future__ import annotations
 
 import contextlib
 
-from megatron.core.distributed import DistributedDataParallel
-
-from megavlm.platform import machine
 from megavlm.build.run_config import RunConfig
 from megavlm.checkpoint.fresh import FreshWeights
 from megavlm.checkpoint.hf_folder import HFFolder
@@ -22,7 +19,7 @@ from megavlm.parallel.groups import Groups
 from megavlm.parallel.layout import layout_fields
 from megavlm.parallel.recompute import recompute_fields
 from megavlm.parallel.stages import build_chunks
-from megavlm.parallel.wrap import wrap_data_parallel
+from megavlm.platform import machine
 
 
 def build_model(run: RunConfig, groups: Groups) -> list[Decoder]:
@@ -43,11 +40,6 @@ def build_model(run: RunConfig, groups: Groups) -> list[Decoder]:
     )
     _fill(chunks, run, groups)
     return chunks
-
-
-def wrap(chunks: list[Decoder], run: RunConfig) -> list[DistributedDataParallel]:
-    """The chunks in megatron-core's data-parallel wrapper."""
-    return wrap_data_parallel(list(chunks), run.data_parallel)
 
 
 def _fill(chunks: list[Decoder], run: RunConfig, groups: Groups) -> None:

@@ -13,6 +13,19 @@ from megavlm.parallel.layout import ParallelConfig, check_layout
 from megavlm.parallel.recompute import RecomputeConfig
 from megavlm.parallel.wrap import DataParallelConfig, OptimizerConfig
 
+__all__ = [
+    "DataParallelConfig",
+    "DecoderConfig",
+    "OptimizerConfig",
+    "ParallelConfig",
+    "PrecisionConfig",
+    "RecomputeConfig",
+    "RunConfig",
+    "TrainConfig",
+    "WeightsConfig",
+    "check_for_world",
+]
+
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig(Config):

@@ -16,9 +16,7 @@ class FreshWeights:
 
     def __init__(self, state_map: StateMap, seed: int, std: float) -> None:
         self._shapes = state_map.folder_shapes()
-        self._kinds: dict[str, Fresh] = {
-            source: entry.fresh for entry in state_map.entries for source in entry.theirs
-        }
+        self._kinds: dict[str, Fresh] = {source: entry.fresh for entry in state_map.entries for source in entry.theirs}
         self._seed, self._std = seed, std
 
     def names(self) -> Sequence[str]:

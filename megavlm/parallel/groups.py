@@ -12,14 +12,15 @@ from megatron.core import parallel_state
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
-from megavlm.platform import machine
 from megavlm.parallel.layout import ParallelConfig
+from megavlm.platform import machine
 
 
 @dataclass(frozen=True)
 class Groups:
     """This process's place in the layout, and the process groups it belongs to."""
 
+    device: torch.device
     rank: int
     world_size: int
     tensor_rank: int
@@ -81,6 +82,7 @@ def start(parallel: ParallelConfig, seed: int = 1234) -> Groups:
     torch.manual_seed(seed)
     model_parallel_cuda_manual_seed(seed)
     return Groups(
+        device=machine.prepare(),
         rank=dist.get_rank(),
         world_size=dist.get_world_size(),
         tensor_rank=parallel_state.get_tensor_model_parallel_rank(),

@@ -18,9 +18,7 @@ class RecomputeConfig(Config):
     """For full: uniform recomputes all layers in units of num_layers; block the first num_layers of each chunk."""
     num_layers: int = option(1, name="--recompute-num-layers")
     """For full: layers in a unit (uniform), or layers recomputed (block)."""
-    modules: tuple[Literal["core_attn", "layernorm", "mlp"], ...] = option(
-        ("core_attn",), name="--recompute-modules"
-    )
+    modules: tuple[Literal["core_attn", "layernorm", "mlp"], ...] = option(("core_attn",), name="--recompute-modules")
     """For selective: what is recomputed."""
 
     def check(self) -> None:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
-from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.pipeline_parallel.utils import (
     is_pp_first_stage,
     is_pp_last_stage,
     is_vp_first_stage,
     is_vp_last_stage,
 )
+from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megavlm.model.backend import Implementation
 from megavlm.model.decoder.config import DecoderConfig

@@ -119,7 +119,10 @@ def _connect(wrapped: list[DistributedDataParallel], config: DataParallelConfig)
 
 
 def make_optimizer(
-    chunks: list[DistributedDataParallel], config: OptimizerConfig, data_parallel: DataParallelConfig, dtype: torch.dtype
+    chunks: list[DistributedDataParallel],
+    config: OptimizerConfig,
+    data_parallel: DataParallelConfig,
+    dtype: torch.dtype,
 ) -> MegatronOptimizer:
     """AdamW over all trainable parameters; with float32 master weights where the parameters are bf16."""
     megatron_config = MegatronOptimizerConfig(

@@ -16,8 +16,6 @@ Nothing here is imported on a machine with CUDA.
 
 from __future__ import annotations
 
-import contextlib
-import functools
 import importlib
 import inspect
 import types

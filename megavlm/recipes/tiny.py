@@ -7,10 +7,7 @@ Hardware: two CPU cores. Time: about half a minute. Expected: `lm loss` falls fr
 
 from __future__ import annotations
 
-from megavlm.build.run_config import RunConfig, TrainConfig
-from megavlm.model.decoder.config import DecoderConfig
-from megavlm.model.precision import PrecisionConfig
-from megavlm.parallel.wrap import OptimizerConfig
+from megavlm.build.run_config import DecoderConfig, OptimizerConfig, PrecisionConfig, RunConfig, TrainConfig
 
 
 def decoder_tiny() -> RunConfig:

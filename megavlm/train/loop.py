@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import time
 
-from megavlm.platform import machine
 from megavlm.batch import TextBatch
-from megavlm.build.model import build_model, wrap
+from megavlm.build.model import build_model
 from megavlm.build.run_config import RunConfig
 from megavlm.data.toy_text import toy_step
 from megavlm.log import IterationStats, get_logger, log_iteration
 from megavlm.model.decoder.model import Decoder
 from megavlm.parallel.groups import Groups
+from megavlm.parallel.wrap import wrap_data_parallel
 from megavlm.train.optim import build_optimizer
 from megavlm.train.step import train_step
 
@@ -21,7 +21,7 @@ logger = get_logger(__name__)
 def train(run: RunConfig, groups: Groups) -> list[Decoder]:
     """Train as the run says and return this process's chunks."""
     chunks = build_model(run, groups)
-    wrapped = wrap(chunks, run)
+    wrapped = wrap_data_parallel(list(chunks), run.data_parallel)
     optimizer, scheduler = build_optimizer(wrapped, run)
     logger.info("training %s on %d processes", run.name, groups.world_size)
     began = time.perf_counter()
@@ -50,9 +50,8 @@ def train(run: RunConfig, groups: Groups) -> list[Decoder]:
 
 
 def _batches(run: RunConfig, step: int, groups: Groups) -> list[TextBatch]:
-    device = machine.prepare()
     return [
-        batch.to(device)
+        batch.to(groups.device)
         for batch in toy_step(
             seed=run.train.seed,
             step=step,

@@ -17,8 +17,8 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from megavlm.checkpoint.atomic import open_staging
 from megavlm.checkpoint.hf_folder import HFFolder
-from megavlm.errors import ConfigError
 from megavlm.checkpoint.hf_writer import HFWriter, PartIndex, finish
+from megavlm.errors import ConfigError
 
 EXTRA = {"config.json": b'{"hidden_size": 4}', "generation_config.json": b"{}"}
 
