@@ -82,7 +82,7 @@ class RunConfig(Config):
     """Length and batch."""
     weights: WeightsConfig = field(default_factory=WeightsConfig)
     """Folders of weights."""
-    transformer_impl: Implementation = option("auto", name="--transformer-impl")
+    transformer_impl: Implementation = "auto"
     """Whose layers: Transformer Engine's, megatron-core's local ones, or auto (the former where installed)."""
     make_vocab_size_divisible_by: int = 128
     """The vocabulary is padded to a multiple of this times the tensor-parallel ranks."""

@@ -1,4 +1,4 @@
-"""Fresh weights that depend on a seed and on each tensor's name alone, so that every layout starts from the same ones."""
+"""Fresh weights that depend on a seed and on each tensor's name alone: every layout starts from the same ones."""
 
 from __future__ import annotations
 

@@ -60,7 +60,7 @@ class DecoderConfig(Config):
     tied_embeddings: bool = False
     """Whether the output layer is the embedding itself."""
     sliding_window: int | None = None
-    """Attention window of the published config; only sequences up to this length are accepted, where it has no effect."""
+    """Attention window of the published config; only sequences up to this length are accepted: it changes nothing."""
     init_method_std: float = 0.02
     """Standard deviation of fresh weights."""
     hidden_dropout: float = 0.0
