@@ -11,6 +11,7 @@ import importlib
 import importlib.util
 import multiprocessing
 import os
+import pickle
 import signal
 import sys
 import time
@@ -53,8 +54,8 @@ def spawn(function: Callable[..., Any], world_size: int, *arguments: Any, timeou
         for rank in range(world_size):
             ours, theirs = context.Pipe(duplex=False)
             environment = _environment(rank, world_size, store.port)
-            process = context.Process(
-                target=_rank_main, args=(theirs, environment, _reference(function), arguments), daemon=False
+            process: BaseProcess = context.Process(
+                target=_rank_main, args=(theirs, environment, _reference(function), pickle.dumps(arguments))
             )
             process.start()
             theirs.close()
@@ -91,7 +92,7 @@ def _collect(pipes: list[Connection], ranks: list[BaseProcess], deadline: float,
             assert isinstance(pipe, Connection)
             rank = waiting.pop(pipe)
             try:
-                returned, problem, error = pipe.recv()
+                returned, problem, error = pickle.loads(pipe.recv_bytes())
             except EOFError:
                 ranks[rank].join(5)
                 raise RankFailed(rank, f"died with exit code {ranks[rank].exitcode}") from None
@@ -130,19 +131,20 @@ def _resolve(reference: tuple[str, str]) -> Callable[..., Any]:
     return function
 
 
-def _rank_main(pipe: Connection, environment: dict[str, str], reference: tuple[str, str], arguments: Any) -> None:
+def _rank_main(pipe: Connection, environment: dict[str, str], reference: tuple[str, str], arguments: bytes) -> None:
     os.setpgid(0, 0)
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)  # a killed test run takes its ranks along
     os.environ.update(environment)
     torch.set_num_threads(1)
     try:
-        pipe.send((_resolve(reference)(*arguments), None, None))
+        # Plain pickle: multiprocessing's own would hand tensors over as open files, and run out of them.
+        pipe.send_bytes(pickle.dumps((_resolve(reference)(*pickle.loads(arguments)), None, None)))
     except BaseException as error:
         text = traceback.format_exc()
         try:
-            pipe.send((None, text, error))
+            pipe.send_bytes(pickle.dumps((None, text, error)))
         except Exception:  # an error that does not pickle: its text has to do
-            pipe.send((None, text, None))
+            pipe.send_bytes(pickle.dumps((None, text, None)))
         os._exit(1)
     # Skips the teardown of gloo's threads, which waits for ranks that may be gone.
     os._exit(0)

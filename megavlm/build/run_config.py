@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from megavlm.config import Config, option, require
+from megavlm.config import Config, require
 from megavlm.errors import LayoutError
 from megavlm.model.backend import Implementation
 from megavlm.model.decoder.config import DecoderConfig

@@ -8,7 +8,7 @@ folder and one parameter.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -75,15 +75,21 @@ def _write_part(
 
 
 def folder_tensors(
-    chunks: Iterable[nn.Module], state_map: StateMap, tensor_group: dist.ProcessGroup
+    chunks: Iterable[nn.Module],
+    state_map: StateMap,
+    tensor_group: dist.ProcessGroup,
+    value: Callable[[nn.Parameter], Tensor] = nn.Parameter.detach,
 ) -> Iterator[tuple[str, Tensor]]:
-    """The folder's tensors that these chunks hold, on the group's first rank; the other ranks get none."""
+    """The folder's tensors that these chunks hold, on the group's first rank; the other ranks get none.
+
+    `value` may name something else that has the parameter's shape, such as its gradient.
+    """
     entries = {entry.ours: entry for entry in state_map.entries}
     for name, parameter in (pair for chunk in chunks for pair in named_parameters(chunk)):
         if name not in entries:
             assert name == "output_layer.weight", name  # the last stage's copy of a tied embedding
             continue
-        whole = _gather(parameter.detach(), entries[name], tensor_group)
+        whole = _gather(value(parameter), entries[name], tensor_group)
         if whole is not None:
             yield from _take_apart(whole, entries[name], state_map, tensor_group.size())
 

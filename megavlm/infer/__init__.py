@@ -1,0 +1,1 @@
+"""A model's answers: logits and text."""

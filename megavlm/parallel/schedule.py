@@ -1,0 +1,79 @@
+"""Microbatches through the pipeline: megatron-core's schedules, called in one place."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any, Protocol
+
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from torch import Tensor, nn
+
+from megavlm.batch import TextBatch
+
+
+class LossFunction(Protocol):
+    """What becomes of the last stage's output of one microbatch.
+
+    In training: (sum of losses, target tokens, what `run_schedule` returns of it). Where outputs are collected
+    instead (`non_loss_data`), whatever is to be kept.
+    """
+
+    def __call__(self, batch: TextBatch, output: Tensor, non_loss_data: bool = False) -> Any: ...
+
+
+def run_schedule(
+    chunks: Sequence[nn.Module],
+    batches: Sequence[TextBatch],
+    loss_function: LossFunction,
+    *,
+    with_labels: bool = True,
+    forward_only: bool = False,
+) -> list[Any]:
+    """All microbatches through all chunks, forward and backward; on the last stage what `loss_function` kept of each.
+
+    Without labels the last stage's output are logits, which are collected and not trained on.
+    """
+
+    def forward_step(iterator: Iterator[TextBatch], model: nn.Module) -> tuple[Tensor, Any]:
+        batch = next(iterator)
+        output = model(
+            input_ids=batch.tokens,
+            position_ids=None,
+            attention_mask=None,
+            labels=batch.labels if with_labels else None,
+            packed_seq_params=packed_rows(batch.cu_seqlens),
+        )
+        return output, lambda result, **options: loss_function(batch, result, **options)
+
+    interleaved = len(chunks) > 1
+    schedule = get_forward_backward_func()
+    kept: list[Any] = schedule(
+        forward_step_func=forward_step,
+        data_iterator=[iter(batches) for _ in chunks] if interleaved else iter(batches),
+        model=list(chunks) if interleaved else chunks[0],
+        num_microbatches=len(batches),
+        seq_length=batches[0].tokens.size(1),
+        micro_batch_size=batches[0].tokens.size(0),
+        forward_only=forward_only or not with_labels,
+        collect_non_loss_data=not with_labels,
+    )
+    return kept
+
+
+def packed_rows(cu_seqlens: Tensor | None) -> PackedSeqParams | None:
+    """How megatron-core is told where the documents of a row begin.
+
+    `max_seqlen` must be the longest document, never the row: megatron-core takes a rotary table as long as the row
+    for one that runs on through all documents.
+    """
+    if cu_seqlens is None:
+        return None
+    longest = int(cu_seqlens.diff().max())
+    return PackedSeqParams(
+        qkv_format="thd",
+        cu_seqlens_q=cu_seqlens,
+        cu_seqlens_kv=cu_seqlens,
+        max_seqlen_q=longest,
+        max_seqlen_kv=longest,
+    )
