@@ -2,7 +2,7 @@
 
 megatron-core names CUDA in three ways, and each has one answer here:
 
-1. It calls `torch.cuda` functions that raise where there is no CUDA (`current_device`, `synchronize`, ...). They are
+1. It calls functions that raise where there is no CUDA (`torch.cuda.current_device`, `Tensor.cuda`, ...). They are
    replaced by what they mean on a CPU: `_TORCH_CUDA` lists each with its reason. Nothing else of torch is touched, so
    plain torch code costs what it cost before.
 2. It writes CUDA into literals: `device="cuda"`, `param.type() == "torch.cuda.FloatTensor"`. In the modules of
@@ -35,6 +35,8 @@ def install() -> None:
     assert not torch.cuda.is_available(), "the CPU adapter must not be installed beside CUDA"
     for name, replacement in _TORCH_CUDA.items():
         setattr(torch.cuda, name, replacement)
+    # Calls that raise otherwise: the second copy of a tied embedding is moved "to the GPU", and so are loss scales.
+    torch.Tensor.cuda = lambda tensor, *_, **__: tensor  # type: ignore[method-assign, assignment]
     _without_compiler()
     for name in _MODULES_WITH_LITERALS:
         _rewrite_module(importlib.import_module(name))

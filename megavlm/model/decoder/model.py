@@ -7,10 +7,16 @@ from typing import Any
 import torch
 from megatron.core.models.gpt import GPTModel
 from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel.layers import (
+    ColumnParallelLinear,
+    RowParallelLinear,
+    VocabParallelEmbedding,
+    set_tensor_model_parallel_attributes,
+)
 from megatron.core.tensor_parallel.utils import VocabUtility
 from megatron.core.transformer.transformer_block import get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
-from torch import Tensor
+from torch import Tensor, nn
 
 from megavlm.model.backend import Implementation, spec_provider
 from megavlm.model.decoder.config import DecoderConfig
@@ -33,6 +39,7 @@ class Decoder(GPTModel):
             rotary_base=decoder.rotary_base,
             **arguments,
         )
+        _mark_slices(self)
         rank, size = self.pg_collection.tp.rank(), self.pg_collection.tp.size()
         first, last = VocabUtility.vocab_range_from_global_vocab_size(self.vocab_size, rank, size)
         self.real_vocabulary_rows = min(max(decoder.vocab_size - first, 0), last - first)
@@ -41,6 +48,19 @@ class Decoder(GPTModel):
         """Cross entropy a token, not reduced: labels [b, s], logits [s, b, v / tp] -> [b, s]."""
         logits[..., self.real_vocabulary_rows :] = -torch.inf
         return super().compute_language_model_loss(labels, logits)
+
+
+def _mark_slices(model: nn.Module) -> None:
+    """Mark the parameters that are slices over the tensor-parallel ranks.
+
+    megatron-core does it only together with its own initialisation, which is off here; without the mark the norm of
+    the gradient counts the slices of the first rank alone.
+    """
+    for module in model.modules():
+        if isinstance(module, ColumnParallelLinear | VocabParallelEmbedding) and module.weight is not None:
+            set_tensor_model_parallel_attributes(module.weight, True, 0, 1)
+        elif isinstance(module, RowParallelLinear):
+            set_tensor_model_parallel_attributes(module.weight, True, 1, 1)
 
 
 def build_decoder(
