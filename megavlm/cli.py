@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import os
 import sys
 from collections.abc import Sequence
 
 from megavlm import __version__
 from megavlm.errors import ConfigError, MegavlmError, report
+from megavlm.log import quiet_third_parties
 
 COMMANDS: dict[str, tuple[str, str]] = {
+    "recipes": ("list the runs known by name, or print one fully resolved", "megavlm.commands:recipes"),
+    "train": ("train a recipe, alone or under torchrun", "megavlm.commands:train"),
     "doctor": ("what is installed, what is wrong, what this machine can run", "megavlm.platform.doctor:main"),
 }
 """Name -> (one line of help, `module:function`); the function takes the arguments and returns the exit code."""
@@ -23,7 +27,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return run(sys.argv[1:] if arguments is None else arguments)
     except MegavlmError as error:
-        return report(error)
+        return report(error, int(os.environ.get("RANK", "0")))
     except KeyboardInterrupt:
         return INTERRUPTED
 
@@ -37,6 +41,7 @@ def run(arguments: Sequence[str]) -> int:
         print(f"megavlm {__version__}")
         return 0
     module, _, function = target_of(arguments[0]).partition(":")
+    quiet_third_parties()
     exit_code: int = getattr(importlib.import_module(module), function)(list(arguments[1:]))
     return exit_code
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import sys
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime
@@ -73,3 +74,13 @@ def setup_logging(rank: int, world_size: int, level: int = logging.INFO) -> None
     root.handlers[:] = [output, errors]
     root.setLevel(level)
     root.propagate = False  # a root handler of another library would print every line again
+
+
+def quiet_third_parties() -> None:
+    """Keep from the user what other packages say to developers; `megavlm doctor` says what is missing here.
+
+    megatron-core warns on import of each fused part that is not installed, torch of renamed collectives, and the RNG
+    tracker says at each layer that the CPU generator moved, which on a CPU is what it is for.
+    """
+    warnings.filterwarnings("ignore", module=r"(megatron|torch)\b")
+    logging.getLogger("megatron.core.tensor_parallel.random").setLevel(logging.ERROR)

@@ -9,7 +9,7 @@ from megavlm.checkpoint.fresh import FreshWeights
 from megavlm.checkpoint.hf_folder import HFFolder
 from megavlm.checkpoint.hf_import import WeightSource, check_folder, load_weights
 from megavlm.errors import WeightsError
-from megavlm.model.backend import uses_transformer_engine
+from megavlm.model.backend import is_transformer_engine, spec_provider
 from megavlm.model.decoder.config import DecoderConfig
 from megavlm.model.decoder.model import Decoder
 from megavlm.model.decoder.state_map import decoder_state_map
@@ -24,20 +24,18 @@ from megavlm.platform import machine
 
 def build_model(run: RunConfig, groups: Groups) -> list[Decoder]:
     """This process's chunks, filled from the run's Hugging Face folder or drawn from its seed."""
-    engine = uses_transformer_engine(run.transformer_impl)
     with agreed():
-        check_fp8(run.precision, *machine.chip(), engine)
+        provider = spec_provider(run.transformer_impl)
+        check_fp8(run.precision, *machine.chip(), is_transformer_engine(provider))
     fields = {
         **layout_fields(run.parallel, run.precision.dtype, machine.backend()),
         **precision_fields(run.precision),
         **recompute_fields(run.recompute),
-        **machine.fused_parts(engine),
+        **machine.fused_parts(is_transformer_engine(provider)),
         # The gradient is that of (sum of losses) / (sum of target tokens) over the global batch, in every layout.
         "calculate_per_token_loss": True,
     }
-    chunks = build_chunks(
-        run.decoder, fields, run.parallel, groups, run.transformer_impl, run.make_vocab_size_divisible_by
-    )
+    chunks = build_chunks(run.decoder, fields, run.parallel, groups, provider, run.make_vocab_size_divisible_by)
     _fill(chunks, run, groups)
     return chunks
 

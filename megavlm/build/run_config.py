@@ -98,13 +98,6 @@ class RunConfig(Config):
             f"use at most {longest}",
         )
         require(
-            self.optimizer.lr_warmup_iters < self.train.train_iters,
-            self,
-            "optimizer.lr_warmup_iters",
-            f"leaves none of the {self.train.train_iters} steps after the warm-up",
-            f"use at most {self.train.train_iters - 1}",
-        )
-        require(
             self.make_vocab_size_divisible_by >= 1,
             self,
             "make_vocab_size_divisible_by",

@@ -53,6 +53,6 @@ def spec_provider(implementation: Implementation = "auto") -> BackendSpecProvide
     return TESpecProvider()
 
 
-def uses_transformer_engine(implementation: Implementation) -> bool:
-    """Whether `spec_provider(implementation)` gives Transformer Engine's layers."""
-    return HAVE_TE and implementation != "local"
+def is_transformer_engine(provider: BackendSpecProvider) -> bool:
+    """Whether these are Transformer Engine's layers: the ones that hold a norm inside the linear layer behind it."""
+    return provider.fuse_layernorm_and_linear()

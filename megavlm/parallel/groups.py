@@ -97,3 +97,13 @@ def start(parallel: ParallelConfig, seed: int = 1234) -> Groups:
 def stop() -> None:
     """Forget the groups; the processes stay joined and can start again with another layout."""
     parallel_state.destroy_model_parallel()
+
+
+def leave() -> None:
+    """Forget the groups and the other processes: the last thing a process does, also after an error.
+
+    A process that ends with gloo's threads running may abort instead of giving its exit code.
+    """
+    stop()
+    if dist.is_initialized():
+        dist.destroy_process_group()

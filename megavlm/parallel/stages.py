@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from megatron.core.models.backends import BackendSpecProvider
 from megatron.core.pipeline_parallel.utils import (
     is_pp_first_stage,
     is_pp_last_stage,
@@ -12,7 +13,6 @@ from megatron.core.pipeline_parallel.utils import (
 )
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from megavlm.model.backend import Implementation
 from megavlm.model.decoder.config import DecoderConfig
 from megavlm.model.decoder.model import Decoder, build_decoder
 from megavlm.model.decoder.spec import architecture_fields
@@ -25,7 +25,7 @@ def build_chunks(
     fields: dict[str, Any],
     parallel: ParallelConfig,
     groups: Groups,
-    implementation: Implementation,
+    provider: BackendSpecProvider,
     vocab_divisor: int,
 ) -> list[Decoder]:
     """This process's chunks of the decoder, with uninitialised weights.
@@ -43,7 +43,7 @@ def build_chunks(
             pre_process=is_pp_first_stage(groups.collection.pp) and is_vp_first_stage(stage, virtual),
             post_process=is_pp_last_stage(groups.collection.pp) and is_vp_last_stage(stage, virtual),
             vp_stage=stage,
-            implementation=implementation,
+            provider=provider,
             vocab_divisor=vocab_divisor,
         )
         for stage in stages

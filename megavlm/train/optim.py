@@ -22,7 +22,8 @@ def build_optimizer(
         max_lr=settings.lr,
         min_lr=settings.min_lr,
         lr_warmup_steps=settings.lr_warmup_iters,
-        lr_decay_steps=run.train.train_iters,
+        # A run shorter than its warm-up (a quick trial) just warms up.
+        lr_decay_steps=max(run.train.train_iters, settings.lr_warmup_iters + 1),
         lr_decay_style=settings.lr_decay_style,
         start_wd=settings.weight_decay,
         end_wd=settings.weight_decay,

@@ -61,7 +61,7 @@ ROOMS: dict[str, dict[str, tuple[str, ...]]] = {
 standard library and the packages in EVERYWHERE. A missing room (cli) may import anything."""
 
 EVERYWHERE = ("torch", "numpy")
-FREE_ROOMS = ("cli", "__main__")
+FREE_ROOMS = ("cli", "commands", "__main__")
 EXTRA_PACKAGES = {"megavlm.infer.verify": ("transformers",), "megavlm.platform.cpu": ("megatron.core",)}
 """Single modules that may import more than their room."""
 

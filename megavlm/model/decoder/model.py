@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from megatron.core.models.backends import BackendSpecProvider
 from megatron.core.models.gpt import GPTModel
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel.layers import (
@@ -18,7 +19,6 @@ from megatron.core.transformer.transformer_block import get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
-from megavlm.model.backend import Implementation, spec_provider
 from megavlm.model.decoder.config import DecoderConfig
 from megavlm.model.decoder.spec import decoder_block
 
@@ -68,18 +68,18 @@ def build_decoder(
     config: TransformerConfig,
     groups: ProcessGroupCollection,
     *,
-    pre_process: bool = True,
-    post_process: bool = True,
-    vp_stage: int | None = None,
-    implementation: Implementation = "auto",
-    vocab_divisor: int = 128,
+    pre_process: bool,
+    post_process: bool,
+    vp_stage: int | None,
+    provider: BackendSpecProvider,
+    vocab_divisor: int,
 ) -> Decoder:
     """One pipeline chunk of the decoder, with uninitialised weights on this process's device."""
     layers = get_num_layers_to_build(config, vp_stage, groups.pp.rank())
     return Decoder(
         decoder,
         config,
-        transformer_layer_spec=decoder_block(spec_provider(implementation), layers),
+        transformer_layer_spec=decoder_block(provider, layers),
         vocab_size=padded_vocab_size(decoder.vocab_size, vocab_divisor, groups.tp.size()),
         pre_process=pre_process,
         post_process=post_process,
