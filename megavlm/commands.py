@@ -19,7 +19,10 @@ logger = get_logger(__name__)
 
 def recipes(arguments: list[str]) -> int:
     """`megavlm recipes`: one line each; `megavlm recipes NAME [--options]`: that run, fully resolved, as YAML."""
-    if arguments and arguments[0] not in ("-h", "--help"):
+    if arguments[:1] in (["-h"], ["--help"]):
+        print("usage: megavlm recipes [NAME [--options]]\n\nlist the recipes, or print one fully resolved, as YAML")
+        return 0
+    if arguments:
         name, *options = arguments
         print(parse_options(recipe(name), options, prog=f"megavlm recipes {name}").to_yaml(), end="")
         return 0

@@ -22,9 +22,8 @@ def compute_logits(
     return [_gather_vocabulary(part, groups.collection.tp)[..., :vocab_size] for part in slices]
 
 
-def _keep(batch: TextBatch, output: Tensor, non_loss_data: bool = False) -> Tensor:
-    assert non_loss_data, "logits are collected, never trained on"
-    return output
+def _keep(batch: TextBatch, logits: Tensor) -> Tensor:
+    return logits
 
 
 def _gather_vocabulary(part: Tensor, group: dist.ProcessGroup) -> Tensor:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import Any, Protocol
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.pipeline_parallel import get_forward_backward_func
@@ -12,25 +12,20 @@ from torch import Tensor, nn
 from megavlm.batch import TextBatch
 
 
-class LossFunction(Protocol):
-    """What becomes of the last stage's output of one microbatch.
-
-    In training: (sum of losses, target tokens, what `run_schedule` returns of it). Where outputs are collected
-    instead (`non_loss_data`), whatever is to be kept.
-    """
-
-    def __call__(self, batch: TextBatch, output: Tensor, non_loss_data: bool = False) -> Any: ...
+OutputFunction = Callable[[TextBatch, Tensor], Any]
+"""What becomes of the last stage's output of one microbatch. In training: (sum of losses, target tokens, what
+`run_schedule` returns of it). Without labels: whatever is to be kept of the logits."""
 
 
 def run_schedule(
     chunks: Sequence[nn.Module],
     batches: Sequence[TextBatch],
-    loss_function: LossFunction,
+    output_function: OutputFunction,
     *,
     with_labels: bool = True,
     forward_only: bool = False,
 ) -> list[Any]:
-    """All microbatches through all chunks, forward and backward; on the last stage what `loss_function` kept of each.
+    """All microbatches through all chunks, forward and backward; on the last stage what `output_function` kept of each.
 
     Without labels the last stage's output are logits, which are collected and not trained on.
     """
@@ -44,7 +39,7 @@ def run_schedule(
             labels=batch.labels if with_labels else None,
             packed_seq_params=packed_rows(batch.cu_seqlens),
         )
-        return output, lambda result, **options: loss_function(batch, result, **options)
+        return output, lambda result, non_loss_data=False: output_function(batch, result)
 
     interleaved = len(chunks) > 1
     schedule = get_forward_backward_func()

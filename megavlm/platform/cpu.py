@@ -36,7 +36,7 @@ def install() -> None:
     for name, replacement in _TORCH_CUDA.items():
         setattr(torch.cuda, name, replacement)
     # Calls that raise otherwise: the second copy of a tied embedding is moved "to the GPU", and so are loss scales.
-    torch.Tensor.cuda = lambda tensor, *_, **__: tensor  # type: ignore[method-assign, assignment]
+    torch.Tensor.cuda = lambda tensor, *_, **__: tensor  # type: ignore[method-assign]
     _without_compiler()
     for name in _MODULES_WITH_LITERALS:
         _rewrite_module(importlib.import_module(name))

@@ -57,7 +57,7 @@ def forward_backward(
     return (total[0] / total[1].clamp(min=1)).item(), int(total[1])
 
 
-def _weighted_sum(batch: TextBatch, losses: Tensor, non_loss_data: bool = False) -> tuple[Tensor, Tensor, Any]:
+def _weighted_sum(batch: TextBatch, losses: Tensor) -> tuple[Tensor, Tensor, Any]:
     """The sum of this microbatch's losses and the tokens it counts; megatron-core divides one sum by the other."""
     total = (losses * batch.loss_weights).sum()
     tokens = batch.target_tokens

@@ -123,7 +123,7 @@ def test_damaged_folders(damage: Callable[[Path], None], expected: list[str], fo
 
 def test_under_torchrun() -> None:
     """The whole chain once: torchrun's exit code is not zero, and the line stands once among its own words."""
-    torchrun = Path(sys.executable).with_name("torchrun")
+    torchrun = str(Path(sys.executable).with_name("torchrun"))
     command = [torchrun, "--nproc-per-node", "2", "-m", "megavlm", "train", "decoder-tiny", "--no-such-option", "1"]
     environment = {**os.environ, "PYTHONSAFEPATH": "1", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment, check=False)

@@ -158,12 +158,12 @@ def ten_steps(model: Any) -> list[tuple[float, float]]:
 OPTIMIZER = OptimizerConfig(lr=1e-3, weight_decay=0.1, clip_grad=1.0, adam_eps=1e-6)
 
 
-def run_for(folder: Path, layout: dict[str, Any], dtype: str = "float32") -> RunConfig:
+def run_for(folder: Path, layout: dict[str, Any]) -> RunConfig:
     return RunConfig(
         name="parity",
         decoder=DecoderConfig.from_hf(json.loads((folder / "config.json").read_text())),
         parallel=ParallelConfig(**layout),
-        precision=PrecisionConfig(params_dtype=dtype),
+        precision=PrecisionConfig(params_dtype="float32"),
         data_parallel=DataParallelConfig(use_distributed_optimizer=True),
         optimizer=OPTIMIZER,
         train=TrainConfig(global_batch_size=ROWS, micro_batch_size=1, seq_length=LENGTH, train_iters=STEPS),
@@ -234,14 +234,14 @@ def check_gradients(
     """The gradients of all stages together, as the folder's tensors, against the reference's of the same names."""
     for chunk in wrapped:
         gather_sharded_gradients(chunk)
-    mine = dict(
-        folder_tensors(
-            wrapped, decoder_state_map(run.decoder), groups.collection.tp, lambda parameter: parameter.main_grad.clone()
-        )
-    )
+    mine = dict(folder_tensors(wrapped, decoder_state_map(run.decoder), groups.collection.tp, gradient_of))
     stages: list[dict[str, Tensor]] = [{}] * groups.world_size
     torch.distributed.all_gather_object(stages, mine)
     assert_gradients_close({name: value for stage in stages for name, value in stage.items()}, expected, tolerance)
+
+
+def gradient_of(parameter: Any) -> Tensor:
+    return parameter.main_grad.clone()
 
 
 def gather_sharded_gradients(chunk: Any) -> None:
@@ -254,8 +254,8 @@ def gather_sharded_gradients(chunk: Any) -> None:
 
 def check_round_trip(run: RunConfig, groups: process_groups.Groups, folder: Path, exported: Path) -> None:
     """Import -> export gives back every bit, in float32 and in bf16."""
-    for dtype in ("float32", "bfloat16"):
-        again = run.replace(precision=PrecisionConfig(params_dtype=dtype))
+    for precision in (PrecisionConfig(params_dtype="float32"), PrecisionConfig(params_dtype="bfloat16")):
+        again = run.replace(precision=precision)
         chunks = build_model(again, groups)
         export_decoder(chunks, run.decoder, groups, exported, dtype=again.precision.dtype, overwrite=True)
         original = load_file(folder / "model.safetensors")
