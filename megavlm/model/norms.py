@@ -18,7 +18,9 @@ class Norm:
     def __new__(cls, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: object) -> nn.Module:  # type: ignore[misc]
         assert not config.layernorm_zero_centered_gamma, "zero-centred norms need Transformer Engine"
         kinds: dict[str, type[nn.Module]] = {"RMSNorm": nn.RMSNorm, "LayerNorm": nn.LayerNorm}
-        norm = kinds[config.normalization](hidden_size, eps=eps, device=torch.cuda.current_device())
+        norm = kinds[config.normalization](
+            hidden_size, eps=eps, device=torch.cuda.current_device(), dtype=config.params_dtype
+        )
         for parameter in norm.parameters():
             parameter.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
         return norm

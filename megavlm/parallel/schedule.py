@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 from megavlm.batch import TextBatch
 
-
 OutputFunction = Callable[[TextBatch, Tensor], Any]
 """What becomes of the last stage's output of one microbatch. In training: (sum of losses, target tokens, what
 `run_schedule` returns of it). Without labels: whatever is to be kept of the logits."""

@@ -1,0 +1,128 @@
+"""Switches that must not change the numbers: recompute, overlap, the distributed optimizer; and bf16, which may."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from megavlm.build.model import build_model
+from megavlm.build.run_config import (
+    DataParallelConfig,
+    ParallelConfig,
+    PrecisionConfig,
+    RecomputeConfig,
+    RunConfig,
+    TrainConfig,
+)
+from megavlm.data.toy_text import toy_step
+from megavlm.parallel import groups as process_groups
+from megavlm.parallel.wrap import wrap_data_parallel
+from megavlm.recipes import recipe
+from megavlm.testing import assert_losses_close, spawn
+from megavlm.train.optim import build_optimizer
+from megavlm.train.step import forward_backward, train_step
+
+LENGTH, ROWS = 16, 4
+TP2_SEQUENCE_PARALLEL = ParallelConfig(tensor_model_parallel_size=2, sequence_parallel=True)
+
+RECOMPUTE = {
+    "core attention": RecomputeConfig(granularity="selective", modules=("core_attn",)),
+    "mlp": RecomputeConfig(granularity="selective", modules=("mlp",)),
+    "layernorm": RecomputeConfig(granularity="selective", modules=("layernorm",)),
+    "full uniform": RecomputeConfig(granularity="full", method="uniform", num_layers=1),
+    "full block": RecomputeConfig(granularity="full", method="block", num_layers=2),
+}
+
+
+def small_run(**changes: Any) -> RunConfig:
+    base = recipe("decoder-tiny")
+    train = TrainConfig(global_batch_size=ROWS, micro_batch_size=2, seq_length=LENGTH, train_iters=10)
+    return base.replace(**{"train": train, **changes})
+
+
+def batches_of(run: RunConfig, step: int, groups: process_groups.Groups) -> list[Any]:
+    return toy_step(
+        seed=1,
+        step=step,
+        global_batch_size=ROWS,
+        micro_batch_size=run.train.micro_batch_size,
+        seq_length=LENGTH,
+        vocab_size=run.decoder.vocab_size,
+        data_rank=groups.data_rank,
+        data_size=groups.data_size,
+    )
+
+
+def gradients(run: RunConfig) -> dict[str, Tensor]:
+    groups = process_groups.start(run.parallel, seed=5)
+    chunks = wrap_data_parallel(list(build_model(run, groups)), run.data_parallel)
+    forward_backward(chunks, batches_of(run, 0, groups), groups)
+    process_groups.stop()
+    return {name: parameter.main_grad.clone() for chunk in chunks for name, parameter in chunk.named_parameters()}
+
+
+def compare_recompute(parallel: ParallelConfig, dropout: float) -> None:
+    process_groups.join()
+    decoder = recipe("decoder-tiny").decoder.replace(hidden_dropout=dropout, attention_dropout=0.0)
+    plain = gradients(small_run(parallel=parallel, decoder=decoder))
+    assert all(gradient.abs().sum() > 0 for gradient in plain.values())
+    for what, recompute in RECOMPUTE.items():
+        again = gradients(small_run(parallel=parallel, decoder=decoder, recompute=recompute))
+        for name, gradient in plain.items():
+            assert torch.equal(again[name], gradient), f"recompute of {what} changes the gradient of {name}"
+
+
+def losses(run: RunConfig) -> list[float]:
+    groups = process_groups.start(run.parallel)
+    chunks = wrap_data_parallel(list(build_model(run, groups)), run.data_parallel)
+    optimizer, scheduler = build_optimizer(chunks, run)
+    found = []
+    for step in range(10):
+        found.append(train_step(chunks, optimizer, batches_of(run, step, groups), groups).loss)
+        scheduler.step(increment=1)
+    process_groups.stop()
+    return found
+
+
+def compare_data_parallel() -> None:
+    process_groups.join()
+    plain = losses(small_run(data_parallel=DataParallelConfig(use_distributed_optimizer=False)))
+    assert plain[-1] < plain[0]
+    overlapped = DataParallelConfig(overlap_grad_reduce=True, overlap_param_gather=True)
+    for what, data_parallel in {"distributed optimizer": DataParallelConfig(), "overlap": overlapped}.items():
+        other = losses(small_run(data_parallel=data_parallel))
+        for step, (mine, theirs) in enumerate(zip(other, plain, strict=True)):
+            assert abs(mine - theirs) <= 1e-6 * abs(theirs), f"{what}, step {step}: {mine} against {theirs}"
+
+
+def compare_bf16() -> None:
+    process_groups.join()
+    exact = losses(small_run(parallel=TP2_SEQUENCE_PARALLEL))
+    run = small_run(parallel=TP2_SEQUENCE_PARALLEL, precision=PrecisionConfig(params_dtype="bfloat16"))
+    rounded = losses(run)
+    for mine, theirs in zip(rounded, exact, strict=True):
+        assert_losses_close(mine, theirs, tolerance=2e-2)
+    groups = process_groups.start(run.parallel)
+    chunks = wrap_data_parallel(list(build_model(run, groups)), run.data_parallel)
+    optimizer, _ = build_optimizer(chunks, run)
+    assert {p.dtype for chunk in chunks for p in chunk.parameters()} == {torch.bfloat16}
+    assert {p.main_grad.dtype for chunk in chunks for p in chunk.parameters()} == {torch.float32}
+    assert {p.dtype for group in optimizer.param_groups for p in group["params"]} == {torch.float32}
+    process_groups.stop()
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+@pytest.mark.parametrize("parallel", [ParallelConfig(), TP2_SEQUENCE_PARALLEL], ids=["one process", "TP=2 with SP"])
+def test_recompute_gives_the_same_bits(parallel: ParallelConfig, dropout: float) -> None:
+    spawn(compare_recompute, parallel.model_parallel_size, parallel, dropout)
+
+
+def test_ways_of_data_parallelism_agree() -> None:
+    spawn(compare_data_parallel, 2)
+
+
+def test_bf16_follows_float32_with_masters_in_float32() -> None:
+    spawn(compare_bf16, 2)
