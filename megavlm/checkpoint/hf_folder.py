@@ -52,6 +52,15 @@ class HFFolder:
         file = open_weight_file(entry)
         return cls(path, config, dict.fromkeys(file.tensors, file))
 
+    @classmethod
+    def open_file(cls, path: str | Path) -> HFFolder:
+        """A single file of weights as if it were a folder without a config (a checkpoint of a vision tower)."""
+        path = Path(path)
+        if not path.is_file():
+            raise WeightsError("weights file", str(path), "there is no such file", "give a .safetensors, .pt or .bin")
+        file = open_weight_file(path)
+        return cls(path, {}, dict.fromkeys(file.tensors, file))
+
     def __enter__(self) -> HFFolder:
         return self
 

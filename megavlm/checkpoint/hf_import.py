@@ -17,6 +17,8 @@ from megavlm.model.decoder.spec import FUSED_NORM_NAMES
 from megavlm.model.decoder.state_map import IGNORED_SUFFIXES
 from megavlm.model.state_map import Block, Entry, StateMap
 
+_TABLE_TOLERANCE = 2**-8  # released folders hold their tables, of values up to 1, in bfloat16
+
 
 class WeightSource(Protocol):
     """Named tensors that can be read in part."""
@@ -28,10 +30,12 @@ class WeightSource(Protocol):
     def read_columns(self, name: str, start: int, stop: int) -> Tensor: ...
 
 
-def check_folder(source: WeightSource, state_map: StateMap, where: str) -> None:
-    """Refuse a folder whose tensors are not exactly those of the model."""
+def check_folder(source: WeightSource, state_map: StateMap, where: str, prefix: str = "") -> None:
+    """Refuse a folder whose tensors, of those with names under the prefix, are not exactly those of the model."""
     expected = state_map.folder_shapes()
-    found = {name for name in source.names() if not name.endswith(IGNORED_SUFFIXES)}
+    found = {name for name in source.names() if name.startswith(prefix) and not name.endswith(IGNORED_SUFFIXES)}
+    constants = found & state_map.constants.keys()
+    found -= constants
     if missing := [name for name in expected if name not in found]:
         raise WeightsError(
             where, missing[0], f"{len(missing)} of {len(expected)} tensors are missing", "take a complete folder"
@@ -43,13 +47,33 @@ def check_folder(source: WeightSource, state_map: StateMap, where: str) -> None:
             where, unknown[0], f"{len(unknown)} tensors have no place in this model", "check model_type in config.json"
         )
     for name, shape in expected.items():
-        if source.shape(name) != shape:
-            raise WeightsError(
-                f"{where}: {name}",
-                source.shape(name),
-                f"the model needs the shape {shape}",
-                "take the folder that belongs to this config.json",
-            )
+        _check_shape(source, name, shape, where)
+    for name in sorted(constants):
+        _check_constant(source, name, state_map.constants[name], where)
+
+
+def _check_shape(source: WeightSource, name: str, shape: tuple[int, ...], where: str) -> None:
+    if source.shape(name) != shape:
+        raise WeightsError(
+            f"{where}: {name}",
+            source.shape(name),
+            f"the model needs the shape {shape}",
+            "take the folder that belongs to this config.json",
+        )
+
+
+def _check_constant(source: WeightSource, name: str, constant: Tensor, where: str) -> None:
+    """Refuse a stored table that differs from ours by more than rounding."""
+    _check_shape(source, name, tuple(constant.shape), where)
+    farthest = (source.read(name).float() - constant).abs().max().item()
+    # Written this way round, a NaN is refused as well.
+    if not farthest <= _TABLE_TOLERANCE:
+        raise WeightsError(
+            f"{where}: {name}",
+            farthest,
+            "is its distance from the table that the model's settings give",
+            "take the folder that belongs to this config.json",
+        )
 
 
 @torch.no_grad()
@@ -58,7 +82,7 @@ def load_weights(
 ) -> None:
     """Fill every parameter of these pipeline chunks; the folder must have been checked."""
     entries = {entry.ours: entry for entry in state_map.entries}
-    tied_output = entries["embedding.word_embeddings.weight"]
+    tied_output = entries.get("embedding.word_embeddings.weight")
     for name, parameter in (pair for chunk in chunks for pair in named_parameters(chunk)):
         # With tied embeddings the last stage holds a second copy of the embedding under the output layer's name.
         entry = entries.get(name, tied_output if name == "output_layer.weight" else None)
@@ -70,8 +94,7 @@ def _fill(
     parameter: Tensor, entry: Entry, source: WeightSource, state_map: StateMap, rank: int, tensor_size: int
 ) -> None:
     if entry.split == "whole":
-        (name,) = entry.theirs
-        parameter.copy_(source.read(name))
+        _fill_rows(parameter, entry, source, state_map, rank=0, tensor_size=1)
     elif entry.split == "columns":
         (name,) = entry.theirs
         width = parameter.size(1)
@@ -92,6 +115,8 @@ def _fill_rows(
             continue
         start = min(block.start for _, block in mine)
         rows = source.read_rows(name, start, max(block.start + block.count for _, block in mine))
+        if entry.flattened:
+            rows = rows.flatten(1)
         for at, block in mine:
             parameter[at : at + block.count].copy_(rows[block.start - start : block.start - start + block.count])
     assert filled == parameter.size(0) or entry.padded, f"{entry.ours}: {filled} of {parameter.size(0)} rows"

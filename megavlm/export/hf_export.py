@@ -105,14 +105,15 @@ def _gather(mine: Tensor, entry: Entry, group: dist.ProcessGroup) -> Tensor | No
 
 
 def _take_apart(whole: Tensor, entry: Entry, state_map: StateMap, tensor_size: int) -> Iterator[tuple[str, Tensor]]:
-    if entry.split != "rows":
+    if entry.split == "columns":
         (name,) = entry.theirs
         yield name, whole
         return
     parts = {name: whole.new_empty(state_map.shape(entry, name)) for name in entry.theirs}
     top = 0
     for block in state_map.blocks(entry, tensor_size):
-        parts[block.source][block.start : block.start + block.count] = whole[top : top + block.count]
+        rows = parts[block.source][block.start : block.start + block.count]
+        rows.copy_(whole[top : top + block.count].view_as(rows))
         top += block.count
     yield from parts.items()
 

@@ -8,8 +8,10 @@ name.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Literal
+
+from torch import Tensor
 
 Split = Literal["whole", "rows", "columns"]
 Order = Literal["one after another", "by query group", "by rank"]
@@ -30,13 +32,19 @@ class Entry:
     """
     padded: bool = False
     """Whether zero rows follow so that it divides over the ranks (the vocabulary)."""
+    flattened: bool = False
+    """Whether ours is a matrix where theirs has more dimensions: all behind the first in one (a convolution)."""
     fresh: Fresh = "normal"
     """What it holds before training when there is no folder."""
 
     def for_layer(self, layer: int) -> Entry:
         """The same entry with the layer's number filled in."""
         theirs = {name.replace("{i}", str(layer)): shape for name, shape in self.theirs.items()}
-        return Entry(self.ours.replace("{i}", str(layer)), theirs, self.split, self.order, self.padded, self.fresh)
+        return replace(self, ours=self.ours.replace("{i}", str(layer)), theirs=theirs)
+
+    def under(self, ours: str, theirs: str) -> Entry:
+        """The same entry with a prefix before our name and another before the folder's."""
+        return replace(self, ours=ours + self.ours, theirs={theirs + name: s for name, s in self.theirs.items()})
 
 
 @dataclass(frozen=True)
@@ -55,6 +63,8 @@ class StateMap:
     entries: tuple[Entry, ...]
     sizes: Mapping[str, int]
     query_groups: int
+    constants: Mapping[str, Tensor] = field(default_factory=dict)
+    """Tensors that a folder may hold beside its weights although the config decides them: name -> what it must be."""
 
     def shape(self, entry: Entry, source: str) -> tuple[int, ...]:
         """The shape that the folder's tensor `source` must have."""
