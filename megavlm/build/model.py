@@ -17,7 +17,7 @@ from megavlm.model.precision import check_fp8, precision_fields
 from megavlm.parallel.agree import agreed
 from megavlm.parallel.groups import Groups
 from megavlm.parallel.layout import layout_fields
-from megavlm.parallel.recompute import recompute_fields
+from megavlm.parallel.recompute import check_recompute, recompute_fields
 from megavlm.parallel.stages import build_chunks
 from megavlm.platform import machine
 
@@ -26,12 +26,15 @@ def build_model(run: RunConfig, groups: Groups) -> list[Decoder]:
     """This process's chunks, filled from the run's Hugging Face folder or drawn from its seed."""
     with agreed():
         provider = spec_provider(run.transformer_impl)
-        check_fp8(run.precision, *machine.chip(), is_transformer_engine(provider))
+        chip, capability = machine.chip()
+        engine = is_transformer_engine(provider)
+        check_fp8(run.precision, chip, capability, engine)
+        check_recompute(run.recompute, capability is not None, engine)
     fields = {
         **layout_fields(run.parallel, run.precision.dtype, machine.backend()),
         **precision_fields(run.precision),
         **recompute_fields(run.recompute),
-        **machine.fused_parts(is_transformer_engine(provider)),
+        **machine.fused_parts(engine),
         # The gradient is that of (sum of losses) / (sum of target tokens) over the global batch, in every layout.
         "calculate_per_token_loss": True,
     }

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from megavlm.config import Config, option, require
+from megavlm.errors import UnavailableError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,6 +30,17 @@ class RecomputeConfig(Config):
             "modules",
             "is empty, so selective recompute would do nothing",
             "name core_attn, layernorm or mlp, or use --recompute-granularity none",
+        )
+
+
+def check_recompute(config: RecomputeConfig, on_gpu: bool, has_engine: bool) -> None:
+    """Refuse what needs Transformer Engine on a GPU where it is not in use."""
+    if config.granularity == "selective" and "layernorm" in config.modules and on_gpu and not has_engine:
+        raise UnavailableError(
+            "--recompute-modules",
+            config.modules,
+            "recomputing layernorm on a GPU needs Transformer Engine, which is not in use here",
+            "install the extra megavlm[gpu], or leave layernorm out",
         )
 
 

@@ -8,14 +8,15 @@ megatron-core names CUDA in three ways, and each has one answer here:
 2. It writes CUDA into literals: `device="cuda"`, `param.type() == "torch.cuda.FloatTensor"`. In the modules of
    `_MODULES_WITH_LITERALS` those constants are replaced inside the compiled functions. This holds inside `backward`
    too (recompute), where a `TorchFunctionMode` is off, and costs nothing when a function runs.
-3. It keeps a generator per GPU for dropout under tensor parallelism. `_RNG` maps those few functions to the one CPU
-   generator.
+3. It keeps a generator per GPU for dropout under tensor parallelism, and recompute asks Transformer Engine about FP8.
+   `_RNG` maps those few names to the one CPU generator and to "no FP8".
 
 Nothing here is imported on a machine with CUDA.
 """
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import inspect
 import types
@@ -46,7 +47,7 @@ def install() -> None:
     _installed = True
 
 
-# --- 1. torch.cuda functions that raise without CUDA --------------------------------------------------------------
+# --- 1. torch.cuda functions that raise without CUDA ----------------------------------------------------------------
 
 _CPU = torch.device("cpu")
 
@@ -62,7 +63,7 @@ _TORCH_CUDA: dict[str, Callable[..., Any]] = {
 }
 
 
-# --- 2. CUDA in literals ---------------------------------------------------------------------------------------------
+# --- 2. CUDA in literals --------------------------------------------------------------------------------------------
 
 _MODULES_WITH_LITERALS = (
     "megatron.core.pipeline_parallel.schedules",  # the token counter: zeros(..., device="cuda")
@@ -131,7 +132,7 @@ def _without_compiler() -> None:
     jit.disable_jit_fuser()
 
 
-# --- 3. The generator ------------------------------------------------------------------------------------------------
+# --- 3. The generator, and recompute --------------------------------------------------------------------------------
 
 
 def _get_rng_state(device: Any = "cuda", clone: bool = False, graph_safe: bool = False) -> torch.Tensor:
@@ -142,4 +143,18 @@ def _set_rng_state(new_state: torch.Tensor, device: Any = -1, graph_safe: bool =
     torch.set_rng_state(new_state)
 
 
-_RNG: dict[str, Callable[..., Any]] = {"_get_cuda_rng_state": _get_rng_state, "_set_cuda_rng_state": _set_rng_state}
+class _NoFP8:
+    """What selective recompute asks Transformer Engine, which is not here, without looking first."""
+
+    @staticmethod
+    def is_fp8_enabled() -> bool:
+        return False
+
+
+_RNG: dict[str, Any] = {
+    "_get_cuda_rng_state": _get_rng_state,
+    "_set_cuda_rng_state": _set_rng_state,
+    "FP8GlobalStateManager": _NoFP8,
+    "activation_recompute_forward": lambda **_: contextlib.nullcontext(),
+    "fp8_autocast": lambda **_: contextlib.nullcontext(),
+}

@@ -32,7 +32,7 @@ def fail_on_rank_one() -> None:
 
 def wait_with_a_child(pid_file: Path) -> None:
     child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
-    pid_file.with_suffix(os.environ["RANK"]).write_text(f"{os.getpid()} {child.pid}")
+    pid_file.with_suffix(f".{os.environ['RANK']}").write_text(f"{os.getpid()} {child.pid}")
     time.sleep(60)
 
 

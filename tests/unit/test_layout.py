@@ -95,6 +95,12 @@ def test_interleaved_schedules_never_batch_their_messages() -> None:
     assert layout_fields(parallel(1, 2), torch.float32, "nccl")["batch_p2p_comm"]
 
 
+def test_outputs_are_kept_until_gloo_has_sent_them() -> None:
+    """Freed after posting, the next stage now and then receives freed memory."""
+    assert not layout_fields(parallel(1, 2, 2), torch.float32, "gloo")["deallocate_pipeline_outputs"]
+    assert layout_fields(parallel(1, 2), torch.float32, "nccl")["deallocate_pipeline_outputs"]
+
+
 def test_the_longest_document_never_the_row_sizes_the_rotary_table() -> None:
     rows = packed_rows(torch.tensor([0, 5, 13, 16], dtype=torch.int32))
     assert rows is not None
