@@ -16,7 +16,7 @@ from megavlm.recipes import recipe
 
 
 def decoder(**changes: int) -> DecoderConfig:
-    shape = {
+    shape: dict[str, Any] = {
         "num_layers": 28,
         "hidden_size": 1536,
         "ffn_hidden_size": 8960,
