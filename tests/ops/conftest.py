@@ -1,4 +1,4 @@
-"""The folder `kernels` runs Triton: on a GPU, or with TRITON_INTERPRET=1, which has to be set before triton is imported.
+"""The folder `kernels` runs Triton: on a GPU, or with TRITON_INTERPRET=1 set before triton is imported.
 
 So it has a process of its own (test_interpreter.py). To run one of its tests by hand:
 TRITON_INTERPRET=1 pytest tests/ops/kernels/test_media.py

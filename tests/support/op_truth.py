@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 
-
 SMALL = 2e-6
 """An error that float32 arithmetic on numbers of order one may leave in a value that is zero by cancellation."""
 
@@ -68,7 +67,10 @@ class Case:
 
 
 def assert_near_truth(case: Case, op: Callable[..., torch.Tensor], plain: Callable[..., torch.Tensor]) -> None:
-    """Every value's largest error against float64 is at most twice plain PyTorch's in this dtype, plus one rounding and SMALL."""
+    """Every value's largest error against float64 is at most twice plain PyTorch's in this dtype, and some.
+
+    Some: one rounding of the largest value, and SMALL.
+    """
     for number, (found, rough, true) in enumerate(
         zip(case.run(op), case.run(plain), case.run(plain, torch.float64), strict=True)
     ):

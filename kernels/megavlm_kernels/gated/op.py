@@ -26,9 +26,7 @@ def gated_residual(x: torch.Tensor, y: torch.Tensor, gate: torch.Tensor, flag: t
 
 class _GatedResidual(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, x: torch.Tensor, y: torch.Tensor, gate: torch.Tensor, flag: torch.Tensor
-    ) -> torch.Tensor:
+    def forward(ctx: Any, x: torch.Tensor, y: torch.Tensor, gate: torch.Tensor, flag: torch.Tensor) -> torch.Tensor:
         from megavlm_kernels.gated import triton_kernel
 
         y = y.contiguous()

@@ -33,6 +33,7 @@ def media_attention(
         schedule = schedule or media_schedule(image_index, k.shape[0])
         made_for = (schedule.order.shape[0], schedule.starts.shape[0] - 1)
         fits = made_for == (q.shape[0], k.shape[0])
+        require(schedule.block <= 64, "schedule.block", schedule.block, "a kernel's tile holds at most 64 tokens")
         require(fits, "schedule of (tokens, images)", made_for, f"make it for {(q.shape[0], k.shape[0])}")
         return _MediaAttention.apply(q, k, v, schedule, scale)
     return media_attention_reference(q, k, v, image_index, scale)

@@ -15,7 +15,7 @@ import torch
 import triton
 import triton.language as tl
 
-from megavlm_kernels.launch import Launch, ceil_div, power_of_two, strides, with_dense_rows
+from megavlm_kernels.launch import Launch, attention_tiles, ceil_div, key_gradient_tiles, strides, with_dense_rows
 from megavlm_kernels.media.schedule import MediaSchedule
 from megavlm_kernels.tile import attend, finish, key_gradients, load_rows, query_gradient, store_rows
 
@@ -134,30 +134,24 @@ class Inputs:
     def tiles(self) -> dict[str, torch.Tensor]:
         return {name: getattr(self.schedule, name) for name in ("order", "tile_image", "tile_begin", "tile_end")}
 
-    def constants(self) -> dict[str, int]:
-        """Tile sizes: 64 x 64 for heads of 64 in 16 bits; wider heads and fp32 halve the tile of keys."""
-        width = self.q.shape[2]
-        padded = power_of_two(width, 16, 256)
-        narrow = 64 if padded * self.q.element_size() <= 128 else 32
-        return {
-            "D": width,
-            "D_PAD": padded,
-            "BLOCK_Q": power_of_two(self.schedule.block, 16, 256),
-            "BLOCK_K": power_of_two(self.latents, 16, narrow),
-        }
+    def per_tile(self) -> tuple[tuple[int, int], dict[str, int], int]:
+        """(grid, compile-time constants, warps) of the kernels that have one tile of tokens each."""
+        constants, warps = attention_tiles(self.q, self.schedule.block, self.latents)
+        return (self.schedule.tile_image.shape[0], self.q.shape[1]), constants, warps
 
 
 def forward_launch(inputs: Inputs, out: torch.Tensor, logsumexp: torch.Tensor) -> Launch:
+    grid, constants, warps = inputs.per_tile()
     return Launch(
         kernel=forward_kernel,
-        grid=(inputs.schedule.tile_image.shape[0], inputs.q.shape[1]),
+        grid=grid,
         arguments={
             "q": inputs.q, "k": inputs.k, "v": inputs.v, **inputs.tiles, "out": out, "logsumexp": logsumexp,
             **strides(q=inputs.q, k=inputs.k, v=inputs.v, out=out),
             "latents": inputs.latents, "tokens": inputs.q.shape[0], "scale_log2": inputs.scales["scale_log2"],
         },
-        constants=inputs.constants(),
-        num_warps=4,
+        constants=constants,
+        num_warps=warps,
         num_stages=2,
     )  # fmt: skip
 
@@ -170,17 +164,18 @@ def grad_q_launch(
     delta: torch.Tensor,
     grad_q: torch.Tensor,
 ) -> Launch:
+    grid, constants, warps = inputs.per_tile()
     return Launch(
         kernel=grad_q_kernel,
-        grid=(inputs.schedule.tile_image.shape[0], inputs.q.shape[1]),
+        grid=grid,
         arguments={
             "q": inputs.q, "k": inputs.k, "v": inputs.v, **inputs.tiles,
             "out": out, "grad_out": grad_out, "logsumexp": logsumexp, "delta": delta, "grad_q": grad_q,
             **strides(q=inputs.q, k=inputs.k, v=inputs.v, out=out, grad_out=grad_out, grad_q=grad_q),
             "latents": inputs.latents, "tokens": inputs.q.shape[0], **inputs.scales,
         },
-        constants=inputs.constants(),
-        num_warps=4,
+        constants=constants,
+        num_warps=warps,
         num_stages=2,
     )  # fmt: skip
 
@@ -193,7 +188,8 @@ def grad_kv_launch(
     grad_k: torch.Tensor,
     grad_v: torch.Tensor,
 ) -> Launch:
-    constants = inputs.constants()
+    average = ceil_div(inputs.q.shape[0], max(inputs.images, 1))
+    constants, warps = key_gradient_tiles(inputs.q, average, inputs.latents)
     return Launch(
         kernel=grad_kv_kernel,
         grid=(inputs.images, inputs.q.shape[1], ceil_div(inputs.latents, constants["BLOCK_K"])),
@@ -205,7 +201,7 @@ def grad_kv_launch(
             "latents": inputs.latents, "tokens": inputs.q.shape[0], **inputs.scales,
         },
         constants=constants,
-        num_warps=4,
+        num_warps=warps,
         num_stages=2,
     )  # fmt: skip
 

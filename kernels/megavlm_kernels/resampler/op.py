@@ -59,8 +59,8 @@ class _ResamplerAttention(torch.autograd.Function):
     def backward(ctx: Any, grad_out: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         from megavlm_kernels.resampler import triton_kernel
 
-        *tensors, out, logsumexp = ctx.saved_tensors
-        inputs = triton_kernel.Inputs.of(*tensors, ctx.scale)
+        q, k_media, v_media, k_latents, v_latents, cu_seqlens_media, out, logsumexp = ctx.saved_tensors
+        inputs = triton_kernel.Inputs.of(q, k_media, v_media, k_latents, v_latents, cu_seqlens_media, ctx.scale)
         return (*triton_kernel.backward(inputs, out, logsumexp, grad_out), None, None)
 
 
@@ -82,7 +82,9 @@ def _check(
         require(tuple(tensor.shape) == media, f"{name}.shape", tuple(tensor.shape), f"it has to be {media}")
     bounds = (shape[0] + 1,)
     found = tuple(cu_seqlens_media.shape)
-    require(found == bounds, "cu_seqlens_media.shape", found, f"it has to be {bounds}: one start per image, then the end")
+    require(
+        found == bounds, "cu_seqlens_media.shape", found, f"it has to be {bounds}: one start per image, then the end"
+    )
     require_device(
         q.device,
         k_media=k_media,

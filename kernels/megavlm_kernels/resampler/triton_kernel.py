@@ -15,7 +15,7 @@ import torch
 import triton
 import triton.language as tl
 
-from megavlm_kernels.launch import Launch, ceil_div, power_of_two, strides, with_dense_rows
+from megavlm_kernels.launch import Launch, attention_tiles, ceil_div, key_gradient_tiles, strides, with_dense_rows
 from megavlm_kernels.tile import attend, finish, key_gradients, load_rows, query_gradient, store_rows
 
 
@@ -165,31 +165,24 @@ class Inputs:
     def scales(self) -> dict[str, float]:
         return {"scale": self.scale, "scale_log2": self.scale * math.log2(math.e)}
 
-    def constants(self, most_keys: int) -> dict[str, int]:
-        """Tile sizes: 64 x 64 for heads of 64 in 16 bits; wider heads and fp32 halve the tile of keys."""
-        width = self.q.shape[2]
-        padded = power_of_two(width, 16, 256)
-        narrow = 64 if padded * self.q.element_size() <= 128 else 32
-        return {
-            "D": width,
-            "D_PAD": padded,
-            "BLOCK_Q": power_of_two(self.latents, 16, 64 if self.q.element_size() == 2 else 32),
-            "BLOCK_K": power_of_two(most_keys, 16, narrow),
-        }
+    def per_tile(self) -> tuple[tuple[int, int, int], dict[str, int], int]:
+        """(grid, compile-time constants, warps) of the kernels that have one tile of queries each."""
+        constants, warps = attention_tiles(self.q, self.latents, ceil_div(self.k_media.shape[0], self.images))
+        return (self.images, self.q.shape[1], ceil_div(self.latents, constants["BLOCK_Q"])), constants, warps
 
 
 def forward_launch(inputs: Inputs, out: torch.Tensor, logsumexp: torch.Tensor) -> Launch:
-    constants = inputs.constants(ceil_div(inputs.k_media.shape[0], inputs.images))
+    grid, constants, warps = inputs.per_tile()
     return Launch(
         kernel=forward_kernel,
-        grid=(inputs.images, inputs.q.shape[1], ceil_div(inputs.latents, constants["BLOCK_Q"])),
+        grid=grid,
         arguments={
             "q": inputs.q, **inputs.keys, "cu_seqlens": inputs.cu_seqlens, "out": out, "logsumexp": logsumexp,
             **strides(q=inputs.q, **inputs.keys, out=out),
             "latents": inputs.latents, "rows": inputs.q.shape[0], "scale_log2": inputs.scales["scale_log2"],
         },
         constants=constants,
-        num_warps=4,
+        num_warps=warps,
         num_stages=2,
     )  # fmt: skip
 
@@ -202,10 +195,10 @@ def grad_q_launch(
     delta: torch.Tensor,
     grad_q: torch.Tensor,
 ) -> Launch:
-    constants = inputs.constants(ceil_div(inputs.k_media.shape[0], inputs.images))
+    grid, constants, warps = inputs.per_tile()
     return Launch(
         kernel=grad_q_kernel,
-        grid=(inputs.images, inputs.q.shape[1], ceil_div(inputs.latents, constants["BLOCK_Q"])),
+        grid=grid,
         arguments={
             "q": inputs.q, **inputs.keys, "cu_seqlens": inputs.cu_seqlens,
             "out": out, "grad_out": grad_out, "logsumexp": logsumexp, "delta": delta, "grad_q": grad_q,
@@ -213,7 +206,7 @@ def grad_q_launch(
             "latents": inputs.latents, "rows": inputs.q.shape[0], **inputs.scales,
         },
         constants=constants,
-        num_warps=4,
+        num_warps=warps,
         num_stages=2,
     )  # fmt: skip
 
@@ -230,7 +223,7 @@ def grad_kv_launch(
     """`source` is "media" or "latents"."""
     k, v = inputs.keys[f"k_{source}"], inputs.keys[f"v_{source}"]
     average = ceil_div(k.shape[0], inputs.images)
-    constants = inputs.constants(average)
+    constants, warps = key_gradient_tiles(inputs.q, inputs.latents, average)
     return Launch(
         kernel=grad_kv_kernel,
         grid=(inputs.images, inputs.q.shape[1], max(1, ceil_div(average, constants["BLOCK_K"]))),
@@ -241,7 +234,7 @@ def grad_kv_launch(
             "latents": inputs.latents, "rows": inputs.q.shape[0], **inputs.scales,
         },
         constants=constants,
-        num_warps=4,
+        num_warps=warps,
         num_stages=2,
     )  # fmt: skip
 

@@ -12,7 +12,12 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def case(
-    device: torch.device, dtype: torch.dtype, tokens: int, width: int, gate: float, gate_dtype: torch.dtype | None = None
+    device: torch.device,
+    dtype: torch.dtype,
+    tokens: int,
+    width: int,
+    gate: float,
+    gate_dtype: torch.dtype | None = None,
 ) -> Case:
     def draw() -> torch.Tensor:
         return torch.randn(tokens, width).to(device, dtype)
@@ -26,9 +31,7 @@ def case(
     ("tokens", "width", "gate"),
     [(30, 5120, 0.3), (100, 96, 0.0), (7, 1000, -2.5), (1, 1, 0.05), (1, 4096, 30.0)],
 )
-def test_forward_and_gradients(
-    device: torch.device, dtype: torch.dtype, tokens: int, width: int, gate: float
-) -> None:
+def test_forward_and_gradients(device: torch.device, dtype: torch.dtype, tokens: int, width: int, gate: float) -> None:
     assert_near_truth(case(device, dtype, tokens, width, gate), gated_residual, plain_gated)
 
 

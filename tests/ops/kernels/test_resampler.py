@@ -11,9 +11,7 @@ from megavlm_kernels import resampler_attention
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-def case(
-    device: torch.device, dtype: torch.dtype, lengths: list[int], latents: int, heads: int, width: int
-) -> Case:
+def case(device: torch.device, dtype: torch.dtype, lengths: list[int], latents: int, heads: int, width: int) -> Case:
     def draw(*shape: int) -> torch.Tensor:
         return torch.randn(*shape).to(device, dtype)
 
