@@ -1,0 +1,1 @@
+"""The gated residual of Flamingo blocks, fused."""
