@@ -6,18 +6,41 @@ and positions stay within them.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from megavlm.errors import DataError
 
 IGNORED = -100
 """The label of a token that nothing predicts, as in transformers."""
 
 
 @dataclass(frozen=True)
+class Media:
+    """The images of one microbatch, and which token sees which."""
+
+    patches: Tensor
+    """[images * patches of one, values of a patch]: the tower's patch rows, image behind image, as `tiles` lays them."""
+    images: int
+    """Images, in the order of their tags."""
+    image_of_token: Tensor
+    """[rows, length], int64: the image that each token sees, counted over the microbatch; -1: none yet."""
+    has_image: Tensor
+    """[rows, length], bool: whether the token's sample has an image at all."""
+
+    def to(self, device: torch.device) -> Media:
+        """The images on another device."""
+        return Media(
+            self.patches.to(device), self.images, self.image_of_token.to(device), self.has_image.to(device)
+        )
+
+
+@dataclass(frozen=True)
 class TextBatch:
-    """One microbatch of text."""
+    """One microbatch of text, with its images where there are any."""
 
     tokens: Tensor
     """[rows, length], int64."""
@@ -27,6 +50,8 @@ class TextBatch:
     """[rows, length], float32: what each position's loss counts."""
     cu_seqlens: Tensor | None = None
     """[documents + 1], int32: where the documents of the one row begin, and its length; None: each row is one."""
+    media: Media | None = None
+    """Images; None in a model that has no eyes."""
 
     def __post_init__(self) -> None:
         assert self.tokens.shape == self.labels.shape == self.loss_weights.shape, "one label and weight a token"
@@ -42,7 +67,8 @@ class TextBatch:
     def to(self, device: torch.device) -> TextBatch:
         """The batch on another device."""
         cu_seqlens = None if self.cu_seqlens is None else self.cu_seqlens.to(device)
-        return TextBatch(self.tokens.to(device), self.labels.to(device), self.loss_weights.to(device), cu_seqlens)
+        media = None if self.media is None else self.media.to(device)
+        return TextBatch(self.tokens.to(device), self.labels.to(device), self.loss_weights.to(device), cu_seqlens, media)
 
 
 def next_token_batch(tokens: Tensor, targets: Tensor | None = None, cu_seqlens: Tensor | None = None) -> TextBatch:
@@ -56,3 +82,32 @@ def next_token_batch(tokens: Tensor, targets: Tensor | None = None, cu_seqlens: 
     shifted[:, ends - 1] = IGNORED
     counts = shifted != IGNORED
     return TextBatch(tokens, shifted.masked_fill(~counts, 0), counts.float(), cu_seqlens)
+
+
+def preceding_images(
+    tokens: Tensor, image_token_id: int, images_of_samples: Sequence[int], cu_seqlens: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """(image_of_token, has_image) of `Media`: each token sees the last image tagged at or before it in its sample.
+
+    `images_of_samples` says how many images come with each sample (a row, or a document of a packed row); a sample
+    whose tags say otherwise is refused.
+    """
+    rows, length = tokens.shape
+    starts = [row * length for row in range(rows)] if cu_seqlens is None else cu_seqlens[:-1].tolist()
+    bounds = [*starts, rows * length]
+    is_tag = (tokens == image_token_id).flatten()
+    image_of_token = torch.full((rows * length,), -1, dtype=torch.int64)
+    has_image = torch.zeros(rows * length, dtype=torch.bool)
+    before = 0
+    for sample, images in enumerate(images_of_samples):
+        span = slice(bounds[sample], bounds[sample + 1])
+        seen = is_tag[span].cumsum(0)
+        tags = int(seen[-1]) if seen.numel() else 0
+        if tags != images:
+            raise DataError(
+                f"sample {sample}: tags of images", tags, f"{images} images come with it", "use one tag for each image"
+            )
+        image_of_token[span] = torch.where(seen > 0, seen - 1 + before, -1)
+        has_image[span] = images > 0
+        before += images
+    return image_of_token.view(rows, length), has_image.view(rows, length)

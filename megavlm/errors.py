@@ -42,6 +42,10 @@ class WeightsError(MegavlmError):
     """A file of weights that is missing, damaged, or of another model."""
 
 
+class DataError(MegavlmError):
+    """A sample that contradicts itself, or that the model cannot take."""
+
+
 class UnavailableError(MegavlmError):
     """Something that this machine or this installation cannot do."""
 

@@ -14,7 +14,7 @@ from typing import Literal
 from torch import Tensor
 
 Split = Literal["whole", "rows", "columns"]
-Order = Literal["one after another", "by query group", "by rank"]
+Order = Literal["one after another", "by query group", "by rank", "halves by rank"]
 Fresh = Literal["normal", "ones", "zeros"]
 
 
@@ -28,8 +28,8 @@ class Entry:
     split: Split = "whole"
     """Whether every rank holds it whole, or a slice of its rows or of its columns."""
     order: Order = "one after another"
-    """How the rows of several tensors are laid into one: as they come, by query group (q, k, v), or by rank (gate, up).
-    """
+    """How rows are laid: tensors as they come, by query group (q, k, v), by rank (gate, up), or the two halves of one
+    tensor by rank (keys and values)."""
     padded: bool = False
     """Whether zero rows follow so that it divides over the ranks (the vocabulary)."""
     flattened: bool = False
@@ -73,6 +73,12 @@ class StateMap:
     def blocks(self, entry: Entry, tensor_parallel: int) -> list[Block]:
         """The rows of our whole parameter from top to bottom; an even cut gives each rank its own."""
         rows = {source: self.shape(entry, source)[0] for source in entry.theirs}
+        if entry.order == "halves by rank":
+            ((source, count),) = rows.items()
+            piece = count // 2 // tensor_parallel
+            return [
+                Block(source, half * (count // 2) + rank * piece, piece) for rank in range(tensor_parallel) for half in (0, 1)
+            ]
         pieces = {"one after another": 1, "by query group": self.query_groups, "by rank": tensor_parallel}[entry.order]
         return [
             Block(source, piece * (count // pieces), count // pieces)
@@ -83,6 +89,20 @@ class StateMap:
     def folder_shapes(self) -> dict[str, tuple[int, ...]]:
         """Every tensor that the folder must hold."""
         return {source: self.shape(entry, source) for entry in self.entries for source in entry.theirs}
+
+
+def merged(*maps: StateMap) -> StateMap:
+    """One table for a model of several parts; the first part's query groups are the decoder's."""
+    sizes: dict[str, int] = {}
+    for part in maps:
+        assert all(sizes.get(letter, size) == size for letter, size in part.sizes.items()), "a letter means two sizes"
+        sizes |= part.sizes
+    return StateMap(
+        entries=tuple(entry for part in maps for entry in part.entries),
+        sizes=sizes,
+        query_groups=maps[0].query_groups,
+        constants={name: table for part in maps for name, table in part.constants.items()},
+    )
 
 
 def expand_layers(entries: Sequence[Entry], num_layers: int) -> tuple[Entry, ...]:
