@@ -33,9 +33,7 @@ class Media:
 
     def to(self, device: torch.device) -> Media:
         """The images on another device."""
-        return Media(
-            self.patches.to(device), self.images, self.image_of_token.to(device), self.has_image.to(device)
-        )
+        return Media(self.patches.to(device), self.images, self.image_of_token.to(device), self.has_image.to(device))
 
 
 @dataclass(frozen=True)
@@ -68,7 +66,9 @@ class TextBatch:
         """The batch on another device."""
         cu_seqlens = None if self.cu_seqlens is None else self.cu_seqlens.to(device)
         media = None if self.media is None else self.media.to(device)
-        return TextBatch(self.tokens.to(device), self.labels.to(device), self.loss_weights.to(device), cu_seqlens, media)
+        return TextBatch(
+            self.tokens.to(device), self.labels.to(device), self.loss_weights.to(device), cu_seqlens, media
+        )
 
 
 def next_token_batch(tokens: Tensor, targets: Tensor | None = None, cu_seqlens: Tensor | None = None) -> TextBatch:

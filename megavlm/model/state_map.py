@@ -77,7 +77,9 @@ class StateMap:
             ((source, count),) = rows.items()
             piece = count // 2 // tensor_parallel
             return [
-                Block(source, half * (count // 2) + rank * piece, piece) for rank in range(tensor_parallel) for half in (0, 1)
+                Block(source, half * (count // 2) + rank * piece, piece)
+                for rank in range(tensor_parallel)
+                for half in (0, 1)
             ]
         pieces = {"one after another": 1, "by query group": self.query_groups, "by rank": tensor_parallel}[entry.order]
         return [

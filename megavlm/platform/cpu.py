@@ -11,6 +11,9 @@ megatron-core names CUDA in three ways, and each has one answer here:
 3. It keeps a generator per GPU for dropout under tensor parallelism, and recompute asks Transformer Engine about FP8.
    `_RNG` maps those few names to the one CPU generator and to "no FP8".
 
+A fourth part changes no result: where megatron-core relies on what CUDA's libraries do for free, `_FASTER` does the
+same at a CPU's price.
+
 Nothing here is imported on a machine with CUDA.
 """
 
@@ -24,6 +27,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 _installed = False
 
@@ -44,6 +48,9 @@ def install() -> None:
     rng = importlib.import_module("megatron.core.tensor_parallel.random")
     for name, replacement in _RNG.items():
         setattr(rng, name, replacement)
+    for module_name, replacements in _FASTER.items():
+        for name, replacement in replacements.items():
+            setattr(importlib.import_module(module_name), name, replacement)
     _installed = True
 
 
@@ -157,4 +164,36 @@ _RNG: dict[str, Any] = {
     "FP8GlobalStateManager": _NoFP8,
     "activation_recompute_forward": lambda **_: contextlib.nullcontext(),
     "fp8_autocast": lambda **_: contextlib.nullcontext(),
+}
+
+
+# --- 4. The same for less --------------------------------------------------------------------------------------------
+
+
+def _reduce_scatter(output: torch.Tensor, source: torch.Tensor, **arguments: Any) -> Any:
+    """Over one rank the output is the source itself; gloo would copy it through a buffer of its own size."""
+    if arguments["group"].size() == 1 and not arguments["async_op"]:
+        return None
+    return dist.reduce_scatter_tensor(output, source, **arguments)
+
+
+def _all_gather(output: torch.Tensor, source: torch.Tensor, **arguments: Any) -> Any:
+    """Likewise."""
+    if arguments["group"].size() == 1 and not arguments["async_op"]:
+        return None
+    return dist.all_gather_into_tensor(output, source, **arguments)
+
+
+def _scale(chunk_size: int, noop_flag: Any, tensor_lists: list[list[torch.Tensor]], scale: float) -> None:
+    """Without apex, megatron-core clips by way of a scaled copy of each gradient: fresh memory each time."""
+    for source, target in zip(*tensor_lists, strict=True):
+        torch.mul(source, scale, out=target)
+
+
+_FASTER: dict[str, dict[str, Callable[..., Any]]] = {
+    "megatron.core.distributed.param_and_grad_buffer": {
+        "dist_reduce_scatter_func": _reduce_scatter,
+        "dist_all_gather_func": _all_gather,
+    },
+    "megatron.core.optimizer.clip_grads": {"multi_tensor_scale_impl": _scale},
 }

@@ -58,10 +58,10 @@ ROOMS: dict[str, dict[str, tuple[str, ...]]] = {
     "testing": {"rooms": ("base",), "packages": ()},
 }
 """Room -> the rooms and the third-party names (prefixes or patterns) that it may import, beside its own modules, the
-standard library and the packages in EVERYWHERE. A missing room (cli) may import anything."""
+standard library and the packages in EVERYWHERE. A missing room (cli, bench) may import anything."""
 
 EVERYWHERE = ("torch", "numpy")
-FREE_ROOMS = ("cli", "commands", "__main__")
+FREE_ROOMS = ("cli", "commands", "bench", "__main__")
 EXTRA_PACKAGES = {"megavlm.infer.verify": ("transformers",), "megavlm.platform.cpu": ("megatron.core",)}
 """Single modules that may import more than their room."""
 

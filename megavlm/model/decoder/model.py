@@ -46,7 +46,9 @@ class Decoder(GPTModel):
 
     def compute_language_model_loss(self, labels: Tensor, logits: Tensor) -> Tensor:
         """Cross entropy a token, not reduced: labels [b, s], logits [s, b, v / tp] -> [b, s]."""
-        logits[..., self.real_vocabulary_rows :] = -torch.inf
+        # Past autograd: the softmax sends exactly nothing back to minus infinity, and recording the assignment would
+        # copy the gradient of all logits, the step's largest tensor.
+        logits.detach()[..., self.real_vocabulary_rows :] = -torch.inf
         return super().compute_language_model_loss(labels, logits)
 
 

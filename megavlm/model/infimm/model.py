@@ -40,7 +40,9 @@ class MediaInput:
 class InfiMM(Decoder):
     """The decoder of one chunk; latents arrive from the resampler or, behind the first stage, with the text."""
 
-    def __init__(self, decoder: DecoderConfig, parts: InfiMMConfig, config: TransformerConfig, **arguments: Any) -> None:
+    def __init__(
+        self, decoder: DecoderConfig, parts: InfiMMConfig, config: TransformerConfig, **arguments: Any
+    ) -> None:
         super().__init__(decoder, config, **arguments)
         self.parts = parts
         self._received: Tensor | None = None

@@ -49,17 +49,12 @@ class ChunkLayers:
     count: int
 
 
-def infimm_block(
-    provider: BackendSpecProvider, parts: InfiMMConfig, layers: ChunkLayers
-) -> TransformerBlockSubmodules:
+def infimm_block(provider: BackendSpecProvider, parts: InfiMMConfig, layers: ChunkLayers) -> TransformerBlockSubmodules:
     """The layers of one pipeline chunk, each with its gated block where one stands."""
     plain = decoder_layer(provider)
-    gated = ModuleSpec(
-        module=GatedLayer, params={"parts": parts, "provider": provider}, submodules=plain.submodules
-    )
+    gated = ModuleSpec(module=GatedLayer, params={"parts": parts, "provider": provider}, submodules=plain.submodules)
     numbers = range(layers.offset + 1, layers.offset + layers.count + 1)
     return TransformerBlockSubmodules(
         layer_specs=[gated if parts.cross_attention.stands_before(number) else plain for number in numbers],
         layer_norm=provider.layer_norm(rms_norm=True),
     )
-

@@ -1,0 +1,161 @@
+"""One training step of a 100M-parameter Qwen2.5-shaped decoder: ours against transformers' model and torch's AdamW.
+
+Both sides start from the same weights and see the same rows. Ours goes the whole way of a run: pipeline schedule,
+megatron-core's DDP, gradient finalisation, clipping, distributed optimizer. Theirs is the shortest loop that does the
+same in plain torch, with its fastest settings on a CPU.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import torch
+from torch import Tensor, nn
+from transformers import Qwen2ForCausalLM
+from transformers.utils.logging import disable_progress_bar
+
+from megavlm.batch import TextBatch
+from megavlm.bench.harness import THREADS, Comparison, Pass, Side, timed
+from megavlm.build.model import build_model
+from megavlm.build.run_config import DecoderConfig, OptimizerConfig, PrecisionConfig, RunConfig, TrainConfig
+from megavlm.data.toy_text import toy_step
+from megavlm.export.hf_export import export_decoder
+from megavlm.model.decoder.model import Decoder
+from megavlm.parallel import groups as parallel_groups
+from megavlm.parallel.groups import Groups
+from megavlm.parallel.wrap import wrap_data_parallel
+from megavlm.train.optim import build_optimizer
+from megavlm.train.step import train_step
+
+TARGET = 1.05
+
+
+def run_of(quick: bool) -> RunConfig:
+    """The run that both sides do; `quick` is the same path at toy size."""
+    decoder = DecoderConfig(
+        family="qwen2",
+        num_layers=12,
+        hidden_size=768,
+        ffn_hidden_size=2048,
+        num_attention_heads=12,
+        num_query_groups=2,
+        kv_channels=64,
+        vocab_size=32000,
+        rotary_base=1_000_000,
+        norm_epsilon=1e-6,
+        add_qkv_bias=True,
+        tied_embeddings=True,
+    )
+    if quick:
+        decoder = decoder.replace(
+            num_layers=2, hidden_size=64, ffn_hidden_size=128, num_attention_heads=4, kv_channels=16, vocab_size=250
+        )
+    return RunConfig(
+        name="decoder-step",
+        decoder=decoder,
+        precision=PrecisionConfig(params_dtype="float32"),
+        optimizer=OptimizerConfig(lr=1e-4),
+        train=TrainConfig(global_batch_size=1, seq_length=64 if quick else 512),
+    )
+
+
+@contextmanager
+def decoder_step(quick: bool) -> Iterator[Comparison]:
+    """Both sides in this process, from the same weights."""
+    torch.set_num_threads(THREADS)
+    run = run_of(quick)
+    parallel_groups.join()
+    groups = parallel_groups.start(run.parallel, run.train.seed)
+    chunks = build_model(run, groups)
+    model = same_model(chunks, run, groups)
+    shape = run.decoder
+    try:
+        yield Comparison(
+            benchmark="decoder-step",
+            case=(
+                f"{model.num_parameters() / 1e6:.0f}M Qwen2.5-shaped decoder ({shape.num_layers} layers of "
+                f"{shape.hidden_size}, vocabulary {shape.vocab_size}), float32, 1 row of {run.train.seq_length} tokens"
+            ),
+            ours=our_side(chunks, run, groups),
+            theirs=their_side(model, run, groups),
+            target=TARGET,
+            rounds=3 if quick else 20,
+            warmup=1 if quick else 3,
+        )
+    finally:
+        parallel_groups.stop()
+
+
+def same_model(chunks: list[Decoder], run: RunConfig, groups: Groups) -> Qwen2ForCausalLM:
+    """transformers' model with our weights."""
+    disable_progress_bar()
+    with TemporaryDirectory() as parent:
+        folder = Path(parent) / "weights"
+        export_decoder(chunks, run.decoder, groups, folder, dtype=torch.float32)
+        model = Qwen2ForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="sdpa")
+    return model.to(groups.device)
+
+
+def rows_of(run: RunConfig) -> Iterator[TextBatch]:
+    """One microbatch a step."""
+    step = 0
+    while True:
+        yield from toy_step(
+            seed=run.train.seed,
+            step=step,
+            global_batch_size=1,
+            micro_batch_size=1,
+            seq_length=run.train.seq_length,
+            vocab_size=run.decoder.vocab_size,
+            data_rank=0,
+            data_size=1,
+        )
+        step += 1
+
+
+def our_side(chunks: list[Decoder], run: RunConfig, groups: Groups) -> Side:
+    """The step that every run of ours takes."""
+    wrapped = wrap_data_parallel(list(chunks), run.data_parallel)
+    optimizer, _ = build_optimizer(wrapped, run)
+    rows = rows_of(run)
+
+    def step() -> Pass:
+        batch = next(rows).to(groups.device)
+        return timed(lambda: train_step(wrapped, optimizer, [batch], groups).loss)
+
+    return Side("megavlm", step)
+
+
+def their_side(model: Qwen2ForCausalLM, run: RunConfig, groups: Groups) -> Side:
+    """The step as one writes it in plain torch; of AdamW's variants the fused one is the fastest."""
+    model.train()
+    parameters = list(model.parameters())
+    settings = run.optimizer
+    optimizer = torch.optim.AdamW(
+        [
+            {"params": [p for p in parameters if p.dim() > 1], "weight_decay": settings.weight_decay},
+            {"params": [p for p in parameters if p.dim() == 1], "weight_decay": 0.0},
+        ],
+        lr=settings.lr,
+        betas=(settings.adam_beta1, settings.adam_beta2),
+        eps=settings.adam_eps,
+        fused=True,
+    )
+    rows = rows_of(run)
+
+    def step(tokens: Tensor) -> float:
+        optimizer.zero_grad(set_to_none=True)
+        loss = model(input_ids=tokens, labels=tokens, use_cache=False).loss
+        loss.backward()
+        nn.utils.clip_grad_norm_(parameters, settings.clip_grad)
+        optimizer.step()
+        return loss.item()
+
+    def timed_step() -> Pass:
+        tokens = next(rows).tokens.to(groups.device)
+        return timed(lambda: step(tokens))
+
+    return Side("transformers", timed_step)

@@ -1,0 +1,228 @@
+"""The benchmarks: their statistics, their refusal to print wrong rows, and that each of them runs."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+
+from megavlm.bench import run as bench
+from megavlm.bench.harness import Comparison, DisagreementError, Pass, Side, measure, ratio_of, times_of
+from megavlm.bench.report import append, machine, table
+from megavlm.build.model import build_model
+from megavlm.model.decoder.model import Decoder
+from megavlm.parallel import groups as parallel_groups
+from megavlm.parallel.wrap import wrap_data_parallel
+from megavlm.recipes import recipe
+from megavlm.testing import spawn
+from megavlm.train.optim import build_optimizer
+
+
+def comparison(ours: list[Pass], theirs: list[Pass], warmup: int = 0, calls: list[str] | None = None) -> Comparison:
+    """Sides that replay these passes, and note in `calls` whose turn it was."""
+
+    def side(name: str, passes: list[Pass]) -> Side:
+        remaining = iter(passes)
+
+        def run() -> Pass:
+            if calls is not None:
+                calls.append(name)
+            return next(remaining)
+
+        return Side(name, run)
+
+    return Comparison(
+        benchmark="made-up",
+        case="nothing",
+        ours=side("ours", ours),
+        theirs=side("theirs", theirs),
+        target=1.05,
+        rounds=len(ours) - warmup,
+        warmup=warmup,
+    )
+
+
+def passes(*seconds: float, loss: float = 2.0) -> list[Pass]:
+    return [Pass(one, loss) for one in seconds]
+
+
+def test_sides_take_turns_and_warm_up_rounds_are_not_timed() -> None:
+    calls: list[str] = []
+    row = measure(comparison(passes(9.0, 0.1, 0.3), passes(9.0, 0.2, 0.2), warmup=1, calls=calls))
+    assert calls == ["ours", "theirs"] * 3
+    assert row.rounds == 2
+    assert row.times["ours"].min == pytest.approx(100.0)
+    assert row.times["theirs"].p80 == pytest.approx(200.0)
+    assert row.ratio.median == pytest.approx(1.0)
+
+
+def test_times_are_minimum_median_and_p80_in_milliseconds() -> None:
+    times = times_of([0.006, 0.001, 0.003, 0.005, 0.002, 0.004])
+    assert (times.min, times.median, times.p80) == pytest.approx((1.0, 3.5, 5.0))
+
+
+def test_the_ratio_is_taken_pair_by_pair() -> None:
+    # Both halves of the middle pairs are slowed down; the ratio of the medians would be 3.5 / 2.
+    ratio = ratio_of([1.1, 5.0, 2.0, 0.9], [1.0, 5.0, 2.0, 1.0])
+    assert (ratio.median, ratio.p20, ratio.p80) == pytest.approx((1.0, 0.96, 1.04))
+
+
+@pytest.mark.parametrize("loss", [2.001, float("nan")])
+def test_no_row_where_the_losses_differ(loss: float) -> None:
+    ours = [*passes(0.1), Pass(0.1, loss)]
+    with pytest.raises(DisagreementError, match=rf"made-up: round 1: loss {loss} of ours, 2\.0 of theirs; .* 0\.0001"):
+        measure(comparison(ours, passes(0.1, 0.1)))
+
+
+def test_losses_are_checked_while_warming_up() -> None:
+    with pytest.raises(DisagreementError, match="round 0"):
+        measure(comparison([Pass(0.1, 1.0), *passes(0.1)], passes(0.1, 0.1), warmup=1))
+
+
+def test_a_disagreement_ends_in_an_exit_code_and_leaves_the_other_rows(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    @contextmanager
+    def right(quick: bool) -> Iterator[Comparison]:
+        yield comparison(passes(0.1), passes(0.1))
+
+    @contextmanager
+    def wrong(quick: bool) -> Iterator[Comparison]:
+        yield comparison(passes(0.1), passes(0.1, loss=3.0))
+
+    monkeypatch.setattr(bench, "BENCHMARKS", {"wrong": wrong, "right": right})
+    assert bench.run(out=tmp_path / "rows.json") == 1
+    printed = capsys.readouterr()
+    assert "no row: made-up: round 0" in printed.err
+    assert printed.out.count("made-up") == 2  # what it computes, and its line of the table
+    assert len(json.loads((tmp_path / "rows.json").read_text())) == 1
+
+
+def test_the_table_is_aligned_and_rows_are_appended(tmp_path: Path) -> None:
+    row = measure(comparison(passes(0.0123), passes(0.012)))
+    facts: dict[str, str | int] = {"cpu": "a processor", "cores": 2}
+    lines = table([row], facts).splitlines()
+    assert lines[0] == "cpu: a processor  cores: 2"
+    header, ours, theirs = lines[-3:]
+    assert ours.split() == ["made-up", "ours", *["12.30"] * 3, "1.025", "1.025", "-", "1.025", "<=", "1.05"]
+    assert theirs.split() == ["theirs", *["12.00"] * 3]
+    assert len(header) == len(ours)
+    assert header.index("p80 ms") + len("p80 ms") == ours.rindex("12.30") + 5 == theirs.rindex("12.00") + 5
+    for _ in range(2):
+        append([row], facts, tmp_path / "rows.json")
+    first, second = json.loads((tmp_path / "rows.json").read_text())
+    assert first == second
+    assert first["times"]["ours"] == {"min": 12.3, "median": 12.3, "p80": 12.3}
+    assert first["machine"] == facts
+
+
+def test_the_machine_is_told_by_its_parts() -> None:
+    facts = machine()
+    assert {"cpu", "cores", "threads", "torch", "megatron-core", "commit"} <= facts.keys()
+    assert facts["torch"] == torch.__version__
+
+
+def quick_rows(path: str) -> int:
+    return bench.run(quick=True, out=path)
+
+
+def test_each_benchmark_runs(tmp_path: Path) -> None:
+    assert spawn(quick_rows, 1, str(tmp_path / "rows.json")) == [0]
+    rows = json.loads((tmp_path / "rows.json").read_text())
+    assert [row["benchmark"] for row in rows] == bench._for_this_machine()
+    for row in rows:
+        assert row["ratio"]["median"] > 0
+        assert all(times["min"] > 0 for times in row["times"].values())
+
+
+# --- what makes the step fast must not change what it computes ---------------------------------------------------
+
+
+def optimizer_switches() -> list[bool]:
+    run = recipe("decoder-tiny")
+    parallel_groups.join()
+    groups = parallel_groups.start(run.parallel)
+    optimizer, _ = build_optimizer(wrap_data_parallel(list(build_model(run, groups)), run.data_parallel), run)
+    return [group["fused"] for group in optimizer.param_groups if "fused" in group]
+
+
+def test_torch_adamw_is_the_fused_one() -> None:
+    (switches,) = spawn(optimizer_switches, 1)
+    if not torch.cuda.is_available():
+        assert switches, "no optimizer of torch's where there is no other"
+    assert all(switches)
+
+
+def loss_of_padded_vocabulary() -> list[tuple[float, float]]:
+    """[loss, and norm of the gradient of the padded rows] of a vocabulary of 100, padded to 112 and not at all."""
+    found = []
+    for divisor in (16, 1):
+        run = recipe("decoder-tiny").replace(make_vocab_size_divisible_by=divisor)
+        parallel_groups.join()
+        groups = parallel_groups.start(run.parallel)
+        (chunk,) = build_model(run, groups)
+        assert isinstance(chunk, Decoder)
+        tokens = torch.arange(64)[None] % run.decoder.vocab_size
+        loss = chunk(tokens, None, None, labels=tokens.roll(-1, 1)).mean()
+        loss.backward()
+        weight = chunk.output_layer.weight
+        found.append((loss.item(), weight.grad[run.decoder.vocab_size :].norm().item()))
+        parallel_groups.stop()
+    return found
+
+
+def test_padded_rows_of_the_vocabulary_take_no_part() -> None:
+    ((padded, plain),) = spawn(loss_of_padded_vocabulary, 1)
+    assert padded == pytest.approx(plain, rel=1e-6)
+    assert padded[1] == 0.0
+
+
+def clipped_by_adapter() -> list[list[float]]:
+    from megatron.core.optimizer import clip_grads
+
+    parallel_groups.join()
+    gradient = torch.tensor([3.0, 4.0])
+    parameter = torch.nn.Parameter(torch.zeros(2))
+    parameter.grad = gradient
+    clip_grads.clip_grad_by_total_norm_fp32([parameter], 1.0, 5.0)
+    assert parameter.grad.data_ptr() == gradient.data_ptr()
+    return [gradient.tolist()]
+
+
+def test_clipping_scales_the_gradient_in_place() -> None:
+    ((clipped,),) = spawn(clipped_by_adapter, 1)
+    assert clipped == pytest.approx([0.6, 0.8], rel=1e-5)
+
+
+def reduced_over_ranks(overlap: bool) -> list[float]:
+    """Four numbers, rank + 1 on each rank, reduce-scattered and gathered again as megatron-core's buffers do it."""
+    from megatron.core.distributed import param_and_grad_buffer
+
+    parallel_groups.join()
+    groups = parallel_groups.start(recipe("decoder-tiny").parallel)
+    group = groups.collection.dp
+    source = torch.full((4,), float(groups.rank + 1))
+    mine = source[groups.rank * (4 // groups.world_size) :][: 4 // groups.world_size]
+    work = param_and_grad_buffer.dist_reduce_scatter_func(
+        mine, source, op=torch.distributed.ReduceOp.SUM, group=group, async_op=overlap
+    )
+    if work is not None:
+        work.wait()
+    whole = torch.zeros(4)
+    shard = whole[groups.rank * (4 // groups.world_size) :][: 4 // groups.world_size]
+    shard.copy_(mine)
+    work = param_and_grad_buffer.dist_all_gather_func(whole, shard, group=group, async_op=overlap)
+    if work is not None:
+        work.wait()
+    return whole.tolist()
+
+
+@pytest.mark.parametrize(("ranks", "overlap"), itertools.product((1, 2), (False, True)))
+def test_gradients_are_reduced_over_one_rank_and_over_two(ranks: int, overlap: bool) -> None:
+    expected = [1.0] * 4 if ranks == 1 else [3.0] * 4
+    assert spawn(reduced_over_ranks, ranks, overlap) == [expected] * ranks
