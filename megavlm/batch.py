@@ -23,7 +23,7 @@ class Media:
     """The images of one microbatch, and which token sees which."""
 
     patches: Tensor
-    """[images * patches of one, values of a patch]: the tower's patch rows, image behind image, as `tiles` lays them."""
+    """[images * patches of one, values of a patch]: the tower's patch rows, as `tiles` lays them."""
     images: int
     """Images, in the order of their tags."""
     image_of_token: Tensor

@@ -6,7 +6,7 @@ import os
 
 from megavlm.build.run_config import check_for_world
 from megavlm.errors import ConfigError
-from megavlm.export.hf_export import export_decoder
+from megavlm.export.hf_export import export_model
 from megavlm.log import get_logger, setup_logging
 from megavlm.options import parse_options
 from megavlm.parallel import groups as process_groups
@@ -55,14 +55,7 @@ def _train(name: str, *options: str) -> None:
             raise ConfigError("--export-hf", run.weights.export_hf, "exists already", "give another name")
     logger.info("%s", run.to_yaml())
     groups = process_groups.start(run.parallel, run.train.seed)
-    chunks = run_training(run, groups)
+    model = run_training(run, groups)
     if run.weights.export_hf is not None:
-        export_decoder(
-            chunks,
-            run.decoder,
-            groups,
-            run.weights.export_hf,
-            dtype=run.precision.dtype,
-            tokenizer_from=run.weights.load_hf,
-        )
+        export_model(model, run, groups, run.weights.export_hf, tokenizer_from=run.weights.load_hf)
         logger.info("exported to %s", run.weights.export_hf)

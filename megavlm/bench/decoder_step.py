@@ -69,7 +69,7 @@ def decoder_step(quick: bool) -> Iterator[Comparison]:
     run = run_of(quick)
     parallel_groups.join()
     groups = parallel_groups.start(run.parallel, run.train.seed)
-    chunks = build_model(run, groups)
+    chunks = build_model(run, groups).chunks
     model = same_model(chunks, run, groups)
     shape = run.decoder
     try:

@@ -1,8 +1,14 @@
-"""The model of a run: its chunks on this process, with their weights."""
+"""The model of a run: its chunks on this process, with their weights, and what feeds them images."""
 
 from __future__ import annotations
 
 import contextlib
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
 
 from megavlm.build.run_config import RunConfig
 from megavlm.checkpoint.fresh import FreshWeights
@@ -11,26 +17,71 @@ from megavlm.checkpoint.hf_import import WeightSource, check_folder, load_weight
 from megavlm.errors import WeightsError
 from megavlm.model.backend import is_transformer_engine, spec_provider
 from megavlm.model.decoder.config import DecoderConfig
-from megavlm.model.decoder.model import Decoder
+from megavlm.model.decoder.model import Decoder, build_decoder
 from megavlm.model.decoder.state_map import decoder_state_map
+from megavlm.model.freeze import freeze_all_but
+from megavlm.model.infimm.config import infimm_from_hf
+from megavlm.model.infimm.model import build_infimm
+from megavlm.model.infimm.state_map import infimm_state_map
 from megavlm.model.precision import check_fp8, precision_fields
+from megavlm.model.state_map import StateMap
+from megavlm.model.towers.eva import EvaTower
 from megavlm.parallel.agree import agreed
 from megavlm.parallel.groups import Groups
 from megavlm.parallel.layout import layout_fields
+from megavlm.parallel.media_inputs import MediaInputs
 from megavlm.parallel.recompute import check_recompute, recompute_fields
-from megavlm.parallel.stages import build_chunks
+from megavlm.parallel.schedule import InputFunction
+from megavlm.parallel.stages import ChunkBuilder, build_chunks
 from megavlm.platform import machine
 
 
-def build_model(run: RunConfig, groups: Groups) -> list[Decoder]:
-    """This process's chunks, filled from the run's Hugging Face folder or drawn from its seed."""
+@dataclass(frozen=True)
+class Model:
+    """This process's part of a model."""
+
+    chunks: list[Decoder]
+    """One for each virtual pipeline stage."""
+    tower: nn.Module | None = None
+    """The frozen vision tower, on the first stage of a model with eyes."""
+    inputs: InputFunction | None = None
+    """What `run_schedule` asks for each batch's images; none in a decoder alone."""
+
+    def parts(self) -> list[nn.Module]:
+        """All that holds weights, each under the names of the state map."""
+        return [*self.chunks, *([nn.ModuleDict({"tower": self.tower})] if self.tower is not None else [])]
+
+
+def build_model(run: RunConfig, groups: Groups) -> Model:
+    """The model, filled from the run's Hugging Face folder or drawn from its seed, frozen as the run says."""
     with agreed():
         provider = spec_provider(run.transformer_impl)
         chip, capability = machine.chip()
         engine = is_transformer_engine(provider)
         check_fp8(run.precision, chip, capability, engine)
         check_recompute(run.recompute, capability is not None, engine)
-    fields = {
+    common = {"provider": provider, "vocab_divisor": run.make_vocab_size_divisible_by}
+    build_chunk: ChunkBuilder = (
+        partial(build_decoder, run.decoder, **common)
+        if run.infimm is None
+        else partial(build_infimm, run.decoder, run.infimm, **common)
+    )
+    chunks = build_chunks(build_chunk, run.decoder, _transformer_fields(run, engine), run.parallel, groups)
+    freeze_all_but(chunks, run.trainable)
+    tower = _build_tower(run, groups) if groups.pipeline_rank == 0 else None
+    inputs = None if run.infimm is None else MediaInputs(tower, run.infimm.tower.patches, groups)
+    model = Model(chunks, tower, inputs)
+    _fill(model, run, groups)
+    return model
+
+
+def state_map_of(run: RunConfig) -> StateMap:
+    """The table of the whole model's weights."""
+    return decoder_state_map(run.decoder) if run.infimm is None else infimm_state_map(run.decoder, run.infimm)
+
+
+def _transformer_fields(run: RunConfig, engine: bool) -> dict[str, Any]:
+    return {
         **layout_fields(run.parallel, run.precision.dtype, machine.backend()),
         **precision_fields(run.precision),
         **recompute_fields(run.recompute),
@@ -38,13 +89,18 @@ def build_model(run: RunConfig, groups: Groups) -> list[Decoder]:
         # The gradient is that of (sum of losses) / (sum of target tokens) over the global batch, in every layout.
         "calculate_per_token_loss": True,
     }
-    chunks = build_chunks(run.decoder, fields, run.parallel, groups, provider, run.make_vocab_size_divisible_by)
-    _fill(chunks, run, groups)
-    return chunks
 
 
-def _fill(chunks: list[Decoder], run: RunConfig, groups: Groups) -> None:
-    state_map = decoder_state_map(run.decoder)
+def _build_tower(run: RunConfig, groups: Groups) -> nn.Module | None:
+    if run.infimm is None:
+        return None
+    with torch.device(groups.device):
+        tower = EvaTower(run.infimm.tower)
+    return tower.to(run.precision.dtype).requires_grad_(False).eval()
+
+
+def _fill(model: Model, run: RunConfig, groups: Groups) -> None:
+    state_map = state_map_of(run)
     with contextlib.ExitStack() as files, agreed():
         source: WeightSource
         if run.weights.load_hf is None:
@@ -53,17 +109,24 @@ def _fill(chunks: list[Decoder], run: RunConfig, groups: Groups) -> None:
             source = files.enter_context(HFFolder.open(run.weights.load_hf))
             _check_config(source, run)
         check_folder(source, state_map, run.weights.load_hf or "fresh weights")
-        load_weights(chunks, source, state_map, groups.tensor_rank, groups.collection.tp.size())
+        load_weights(model.parts(), source, state_map, groups.tensor_rank, groups.collection.tp.size())
 
 
 def _check_config(folder: HFFolder, run: RunConfig) -> None:
     """Refuse a folder of another model before its shapes are compared: the reason reads better."""
-    assert run.weights.load_hf is not None
-    found = DecoderConfig.from_hf(folder.config, f"{run.weights.load_hf}/config.json")
+    where = f"{run.weights.load_hf}/config.json"
+    if run.infimm is None:
+        found = DecoderConfig.from_hf(folder.config, where)
+    else:
+        found, parts = infimm_from_hf(folder.config, where)
+        if parts != run.infimm:
+            raise WeightsError(
+                where, parts.model_type, "describes another InfiMM than the run", "take the folder of that model"
+            )
     for name in ("family", "num_layers", "num_attention_heads", "num_query_groups", "rotary_base", "tied_embeddings"):
         if getattr(found, name) != getattr(run.decoder, name):
             raise WeightsError(
-                f"{run.weights.load_hf}/config.json: {name}",
+                f"{where}: {name}",
                 getattr(found, name),
                 f"the run's decoder has {getattr(run.decoder, name)!r}",
                 f"take the folder of that model, or set decoder.{name}",

@@ -8,6 +8,8 @@ from megavlm.config import Config, require
 from megavlm.errors import LayoutError
 from megavlm.model.backend import Implementation
 from megavlm.model.decoder.config import DecoderConfig
+from megavlm.model.freeze import Part
+from megavlm.model.infimm.config import InfiMMConfig
 from megavlm.model.precision import PrecisionConfig
 from megavlm.parallel.layout import ParallelConfig, check_layout
 from megavlm.parallel.recompute import RecomputeConfig
@@ -16,6 +18,7 @@ from megavlm.parallel.wrap import DataParallelConfig, OptimizerConfig
 __all__ = [
     "DataParallelConfig",
     "DecoderConfig",
+    "InfiMMConfig",
     "OptimizerConfig",
     "ParallelConfig",
     "PrecisionConfig",
@@ -68,6 +71,10 @@ class RunConfig(Config):
     """The recipe's name."""
     decoder: DecoderConfig
     """The decoder's shape."""
+    infimm: InfiMMConfig | None = None
+    """InfiMM's parts around the decoder; none: a decoder alone."""
+    trainable: tuple[Part, ...] = ("decoder", "cross_attention", "resampler")
+    """The parts that learn; all others are frozen. The vision tower of InfiMM always is."""
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     """Degrees of parallelism."""
     recompute: RecomputeConfig = field(default_factory=RecomputeConfig)

@@ -1,4 +1,4 @@
-"""A trained decoder as a Hugging Face folder, written by all pipeline stages at once.
+"""A trained model as a Hugging Face folder, written by all pipeline stages at once.
 
 The tensor-parallel slices of each parameter are gathered on the first rank of the stage, taken apart into the
 folder's tensors (padding left out) and streamed into shards, so no process ever holds more than one shard of the
@@ -15,11 +15,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from megavlm.build.model import Model, state_map_of
+from megavlm.build.run_config import RunConfig
 from megavlm.checkpoint.atomic import open_staging, staging_path
 from megavlm.checkpoint.hf_import import named_parameters
 from megavlm.checkpoint.hf_writer import HFWriter, PartIndex, finish
-from megavlm.model.decoder.config import DecoderConfig
-from megavlm.model.decoder.state_map import decoder_state_map
 from megavlm.model.state_map import Entry, StateMap
 from megavlm.parallel.agree import agreed
 from megavlm.parallel.groups import Groups
@@ -38,13 +38,12 @@ _TOKENIZER_FILES = (
 )
 
 
-def export_decoder(
-    chunks: Sequence[nn.Module],
-    decoder: DecoderConfig,
+def export_model(
+    model: Model,
+    run: RunConfig,
     groups: Groups,
     folder: str | Path,
     *,
-    dtype: torch.dtype,
     tokenizer_from: str | Path | None = None,
     overwrite: bool = False,
 ) -> None:
@@ -52,25 +51,21 @@ def export_decoder(
     with agreed():
         if groups.rank == 0:
             open_staging(folder, overwrite)
-    part = None
-    if groups.holds_first_copy:
-        part = _write_part(chunks, decoder_state_map(decoder), groups, staging_path(folder), dtype)
+    part = _write_part(model, run, groups, staging_path(folder)) if groups.holds_first_copy else None
     parts: list[PartIndex | None] = [None] * groups.world_size
     dist.all_gather_object(parts, part)
     with agreed():
         if groups.rank == 0:
-            extra = {"config.json": _config_json(decoder, dtype), **_tokenizer_files(tokenizer_from)}
+            extra = {**_family_files(run), **_tokenizer_files(tokenizer_from)}
             finish(staging_path(folder), folder, [p for p in parts if p is not None], extra, overwrite)
 
 
-def _write_part(
-    chunks: Sequence[nn.Module], state_map: StateMap, groups: Groups, staging: Path, dtype: torch.dtype
-) -> PartIndex | None:
+def _write_part(model: Model, run: RunConfig, groups: Groups, staging: Path) -> PartIndex | None:
     """This stage's shards, written by its first tensor-parallel rank; the others only send their slices."""
     writer = HFWriter(staging, part=(groups.pipeline_rank, groups.pipeline_size)) if groups.tensor_rank == 0 else None
-    for name, tensor in folder_tensors(chunks, state_map, groups.collection.tp):
+    for name, tensor in folder_tensors(model.parts(), state_map_of(run), groups.collection.tp):
         if writer:
-            writer.add(name, tensor.to(dtype))
+            writer.add(name, tensor.to(run.precision.dtype))
     return writer.close() if writer else None
 
 
@@ -118,8 +113,11 @@ def _take_apart(whole: Tensor, entry: Entry, state_map: StateMap, tensor_size: i
     yield from parts.items()
 
 
-def _config_json(decoder: DecoderConfig, dtype: torch.dtype) -> bytes:
-    return (json.dumps(decoder.to_hf(str(dtype).removeprefix("torch.")), indent=2) + "\n").encode()
+def _family_files(run: RunConfig) -> dict[str, bytes]:
+    """config.json, and the code that a family brings along."""
+    dtype = str(run.precision.dtype).removeprefix("torch.")
+    assert run.infimm is None, "the files of InfiMM come with its exporter"
+    return {"config.json": (json.dumps(run.decoder.to_hf(dtype), indent=2) + "\n").encode()}
 
 
 def _tokenizer_files(folder: str | Path | None) -> dict[str, bytes]:

@@ -10,15 +10,19 @@ from torch import Tensor, nn
 
 from megavlm.batch import TextBatch
 from megavlm.parallel.groups import Groups
-from megavlm.parallel.schedule import run_schedule
+from megavlm.parallel.schedule import InputFunction, run_schedule
 
 
 @torch.no_grad()
 def compute_logits(
-    chunks: Sequence[nn.Module], batches: Sequence[TextBatch], groups: Groups, vocab_size: int
+    chunks: Sequence[nn.Module],
+    batches: Sequence[TextBatch],
+    groups: Groups,
+    vocab_size: int,
+    inputs: InputFunction | None = None,
 ) -> list[Tensor]:
     """[rows, length, vocabulary] of each microbatch on every rank of the last stage, padding stripped; else none."""
-    slices = run_schedule(chunks, batches, _keep, with_labels=False)
+    slices = run_schedule(chunks, batches, _keep, inputs=inputs, with_labels=False)
     return [_gather_vocabulary(part, groups.collection.tp)[..., :vocab_size] for part in slices]
 
 

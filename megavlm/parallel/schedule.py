@@ -15,12 +15,16 @@ OutputFunction = Callable[[TextBatch, Tensor], Any]
 """What becomes of the last stage's output of one microbatch. In training: (sum of losses, target tokens, what
 `run_schedule` returns of it). Without labels: whatever is to be kept of the logits."""
 
+InputFunction = Callable[[TextBatch], dict[str, Any]]
+"""What a chunk's forward takes of a batch beside its text."""
+
 
 def run_schedule(
     chunks: Sequence[nn.Module],
     batches: Sequence[TextBatch],
     output_function: OutputFunction,
     *,
+    inputs: InputFunction | None = None,
     with_labels: bool = True,
     forward_only: bool = False,
 ) -> list[Any]:
@@ -37,6 +41,7 @@ def run_schedule(
             attention_mask=None,
             labels=batch.labels if with_labels else None,
             packed_seq_params=packed_rows(batch.cu_seqlens),
+            **(inputs(batch) if inputs else {}),
         )
         return output, lambda result, non_loss_data=False: output_function(batch, result)
 

@@ -5,11 +5,10 @@ from __future__ import annotations
 import time
 
 from megavlm.batch import TextBatch
-from megavlm.build.model import build_model
+from megavlm.build.model import Model, build_model
 from megavlm.build.run_config import RunConfig
 from megavlm.data.toy_text import toy_step
 from megavlm.log import IterationStats, get_logger, log_iteration
-from megavlm.model.decoder.model import Decoder
 from megavlm.parallel.groups import Groups
 from megavlm.parallel.wrap import wrap_data_parallel
 from megavlm.train.optim import build_optimizer
@@ -18,17 +17,17 @@ from megavlm.train.step import train_step
 logger = get_logger(__name__)
 
 
-def train(run: RunConfig, groups: Groups) -> list[Decoder]:
-    """Train as the run says and return this process's chunks."""
-    chunks = build_model(run, groups)
-    wrapped = wrap_data_parallel(list(chunks), run.data_parallel)
+def train(run: RunConfig, groups: Groups) -> Model:
+    """Train as the run says and return this process's part of the model."""
+    model = build_model(run, groups)
+    wrapped = wrap_data_parallel(list(model.chunks), run.data_parallel)
     optimizer, scheduler = build_optimizer(wrapped, run)
     logger.info("training %s on %d processes", run.name, groups.world_size)
     began = time.perf_counter()
     for iteration in range(1, run.train.train_iters + 1):
         batches = _batches(run, iteration - 1, groups)
         learning_rate = scheduler.get_lr(optimizer.param_groups[0])
-        result = train_step(wrapped, optimizer, batches, groups)
+        result = train_step(wrapped, optimizer, batches, groups, model.inputs)
         scheduler.step(increment=1)
         if groups.speaks and iteration % run.train.log_interval == 0:
             elapsed = (time.perf_counter() - began) * 1000 / run.train.log_interval
@@ -46,7 +45,7 @@ def train(run: RunConfig, groups: Groups) -> list[Decoder]:
                 )
             )
             began = time.perf_counter()
-    return chunks
+    return model
 
 
 def _batches(run: RunConfig, step: int, groups: Groups) -> list[TextBatch]:

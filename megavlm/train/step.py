@@ -14,7 +14,7 @@ from torch import Tensor
 
 from megavlm.batch import TextBatch
 from megavlm.parallel.groups import Groups
-from megavlm.parallel.schedule import run_schedule
+from megavlm.parallel.schedule import InputFunction, run_schedule
 
 
 @dataclass(frozen=True)
@@ -36,20 +36,24 @@ def train_step(
     optimizer: MegatronOptimizer,
     batches: Sequence[TextBatch],
     groups: Groups,
+    inputs: InputFunction | None = None,
 ) -> StepResult:
     """Forward, backward and update over this data-parallel rank's microbatches."""
-    loss, tokens = forward_backward(chunks, batches, groups)
+    loss, tokens = forward_backward(chunks, batches, groups, inputs)
     applied, grad_norm, _ = optimizer.step()
     return StepResult(loss, tokens, float(grad_norm or 0.0), bool(applied))
 
 
 def forward_backward(
-    chunks: Sequence[DistributedDataParallel], batches: Sequence[TextBatch], groups: Groups
+    chunks: Sequence[DistributedDataParallel],
+    batches: Sequence[TextBatch],
+    groups: Groups,
+    inputs: InputFunction | None = None,
 ) -> tuple[float, int]:
     """Leave the gradient of the global batch's mean loss in `main_grad`; return that loss and its target tokens."""
     for chunk in chunks:
         chunk.zero_grad_buffer()
-    sums = run_schedule(chunks, batches, _weighted_sum)
+    sums = run_schedule(chunks, batches, _weighted_sum, inputs=inputs)
     if not groups.is_last_stage:
         return 0.0, 0
     total = torch.stack(sums).sum(0)

@@ -58,7 +58,7 @@ def batches_of(run: RunConfig, step: int, groups: process_groups.Groups) -> list
 
 def gradients(run: RunConfig) -> dict[str, Tensor]:
     groups = process_groups.start(run.parallel, seed=5)
-    chunks = wrap_data_parallel(list(build_model(run, groups)), run.data_parallel)
+    chunks = wrap_data_parallel(list(build_model(run, groups).chunks), run.data_parallel)
     forward_backward(chunks, batches_of(run, 0, groups), groups)
     process_groups.stop()
     return {name: parameter.main_grad.clone() for chunk in chunks for name, parameter in chunk.named_parameters()}
@@ -81,7 +81,7 @@ def compare_recompute(parallel: ParallelConfig, dropout: float) -> None:
 
 def losses(run: RunConfig) -> list[float]:
     groups = process_groups.start(run.parallel)
-    chunks = wrap_data_parallel(list(build_model(run, groups)), run.data_parallel)
+    chunks = wrap_data_parallel(list(build_model(run, groups).chunks), run.data_parallel)
     optimizer, scheduler = build_optimizer(chunks, run)
     found = []
     for step in range(10):
@@ -110,7 +110,7 @@ def compare_bf16() -> None:
     for mine, theirs in zip(rounded, exact, strict=True):
         assert_losses_close(mine, theirs, tolerance=2e-2)
     groups = process_groups.start(run.parallel)
-    chunks = wrap_data_parallel(list(build_model(run, groups)), run.data_parallel)
+    chunks = wrap_data_parallel(list(build_model(run, groups).chunks), run.data_parallel)
     optimizer, _ = build_optimizer(chunks, run)
     assert {p.dtype for chunk in chunks for p in chunk.parameters()} == {torch.bfloat16}
     assert {p.main_grad.dtype for chunk in chunks for p in chunk.parameters()} == {torch.float32}

@@ -28,7 +28,7 @@ from megavlm.build.run_config import (
     WeightsConfig,
     check_for_world,
 )
-from megavlm.export.hf_export import export_decoder, folder_tensors
+from megavlm.export.hf_export import export_model, folder_tensors
 from megavlm.infer.logits import compute_logits
 from megavlm.model.decoder.state_map import decoder_state_map
 from megavlm.parallel import groups as process_groups
@@ -187,7 +187,7 @@ def check_layout_of_all_families(layout: dict[str, Any], references: dict[str, d
 
 
 def check_numbers(run: RunConfig, groups: process_groups.Groups, expected: dict[str, Any]) -> None:
-    chunks = build_model(run, groups)
+    chunks = build_model(run, groups).chunks
     wrapped = wrap_data_parallel(list(chunks), run.data_parallel)
     optimizer, _ = build_optimizer(wrapped, run)
     optimizer.param_groups[0]["lr"] = run.optimizer.lr
@@ -256,8 +256,8 @@ def check_round_trip(run: RunConfig, groups: process_groups.Groups, folder: Path
     """Import -> export gives back every bit, in float32 and in bf16."""
     for precision in (PrecisionConfig(params_dtype="float32"), PrecisionConfig(params_dtype="bfloat16")):
         again = run.replace(precision=precision)
-        chunks = build_model(again, groups)
-        export_decoder(chunks, run.decoder, groups, exported, dtype=again.precision.dtype, overwrite=True)
+        model = build_model(again, groups)
+        export_model(model, again, groups, exported, overwrite=True)
         original = load_file(folder / "model.safetensors")
         mine = {name: tensor for file in exported.glob("*.safetensors") for name, tensor in load_file(file).items()}
         assert mine.keys() == original.keys()

@@ -147,7 +147,7 @@ def optimizer_switches() -> list[bool]:
     run = recipe("decoder-tiny")
     parallel_groups.join()
     groups = parallel_groups.start(run.parallel)
-    optimizer, _ = build_optimizer(wrap_data_parallel(list(build_model(run, groups)), run.data_parallel), run)
+    optimizer, _ = build_optimizer(wrap_data_parallel(list(build_model(run, groups).chunks), run.data_parallel), run)
     return [group["fused"] for group in optimizer.param_groups if "fused" in group]
 
 
@@ -165,7 +165,7 @@ def loss_of_padded_vocabulary() -> list[tuple[float, float]]:
         run = recipe("decoder-tiny").replace(make_vocab_size_divisible_by=divisor)
         parallel_groups.join()
         groups = parallel_groups.start(run.parallel)
-        (chunk,) = build_model(run, groups)
+        (chunk,) = build_model(run, groups).chunks
         assert isinstance(chunk, Decoder)
         tokens = torch.arange(64)[None] % run.decoder.vocab_size
         loss = chunk(tokens, None, None, labels=tokens.roll(-1, 1)).mean()

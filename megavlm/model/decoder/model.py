@@ -67,14 +67,14 @@ def _mark_slices(model: nn.Module) -> None:
 
 def build_decoder(
     decoder: DecoderConfig,
+    provider: BackendSpecProvider,
+    vocab_divisor: int,
     config: TransformerConfig,
     groups: ProcessGroupCollection,
     *,
     pre_process: bool,
     post_process: bool,
     vp_stage: int | None,
-    provider: BackendSpecProvider,
-    vocab_divisor: int,
 ) -> Decoder:
     """One pipeline chunk of the decoder, with uninitialised weights on this process's device."""
     layers = get_num_layers_to_build(config, vp_stage, groups.pp.rank())

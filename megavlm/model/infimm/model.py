@@ -68,6 +68,10 @@ class InfiMM(Decoder):
         if self.pre_process:
             assert media.features is not None and media.gather is not None
             latents = media.gather(self.resampler(media.features)).flatten(0, 1).unsqueeze(1)
+            if torch.is_grad_enabled() and not latents.requires_grad:
+                # With a frozen resampler nothing before the first gated block needs a gradient, and full recompute
+                # drops the gradients of everything behind an input that needs none, without a word.
+                latents.requires_grad_()
             return scatter_to_sequence_parallel_region(latents) if self.config.sequence_parallel else latents
         assert self._received is not None
         share = self.pg_collection.tp.size() if self.config.sequence_parallel else 1
@@ -81,14 +85,14 @@ class InfiMM(Decoder):
 def build_infimm(
     decoder: DecoderConfig,
     parts: InfiMMConfig,
+    provider: BackendSpecProvider,
+    vocab_divisor: int,
     config: TransformerConfig,
     groups: ProcessGroupCollection,
     *,
     pre_process: bool,
     post_process: bool,
     vp_stage: int | None,
-    provider: BackendSpecProvider,
-    vocab_divisor: int,
 ) -> InfiMM:
     """One pipeline chunk, with uninitialised weights on this process's device."""
     stage = groups.pp.rank()

@@ -1,0 +1,86 @@
+"""Files of cases: inputs, and what the public implementation made of them.
+
+Tensors named `<case>.<what>`: `input_ids` [B, T]; `images` [B, N, 3, H, W], of which a row takes as many as it has
+tags, in order; `logits` [B, T, V]; and for training `labels` [B, T] (-100: ignored), `loss` [1] and
+`grad.<name in the folder>`.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from megavlm.batch import IGNORED, Media, TextBatch, next_token_batch, preceding_images
+from megavlm.build.run_config import RunConfig
+from megavlm.checkpoint.weight_files import open_weight_file
+from megavlm.errors import DataError
+from megavlm.tiles import patch_rows
+
+
+@dataclass
+class Case:
+    """One case of a file; what it does not hold is not compared."""
+
+    input_ids: Tensor
+    images: Tensor | None = None
+    logits: Tensor | None = None
+    labels: Tensor | None = None
+    loss: Tensor | None = None
+    gradients: dict[str, Tensor] = field(default_factory=dict)
+
+
+def read_cases(path: str | Path) -> dict[str, Case]:
+    """All cases of a safetensors file, by name."""
+    file = open_weight_file(Path(path))
+    tensors = {name: file.read(name) for name in file.tensors}
+    file.close()
+    cases: dict[str, Case] = {}
+    for name in sorted(tensors):
+        if name.endswith(".input_ids"):
+            cases[name.removesuffix(".input_ids")] = Case(tensors[name])
+    for name, tensor in tensors.items():
+        case, _, what = name.partition(".")
+        if case not in cases:
+            raise DataError(f"{path}: {name}", case, "is a case without input_ids", "add them, or drop the tensor")
+        if what.startswith("grad."):
+            cases[case].gradients[what.removeprefix("grad.")] = tensor
+        elif what in ("input_ids", "images", "logits", "labels", "loss"):
+            setattr(cases[case], what, tensor)
+        else:
+            raise DataError(f"{path}: {name}", what, "is nothing a case holds", "see the format in the documentation")
+    return cases
+
+
+def case_batches(case: Case, run: RunConfig) -> list[TextBatch]:
+    """One microbatch a row; repeated as often as the interleaved schedule needs, which changes no mean."""
+    rows = case.input_ids.size(0)
+    stages = run.parallel.pipeline_model_parallel_size
+    batches = [_row_batch(case, run, row) for row in range(rows)]
+    return batches * (math.lcm(rows, stages) // rows)
+
+
+def _row_batch(case: Case, run: RunConfig, row: int) -> TextBatch:
+    tokens = case.input_ids[row : row + 1]
+    labels = tokens if case.labels is None else case.labels[row : row + 1]
+    # Sequence parallelism cuts the row evenly; what is added on the right changes nothing to its left.
+    missing = -tokens.size(1) % run.parallel.tensor_model_parallel_size
+    tokens = torch.nn.functional.pad(tokens, (0, missing), value=0)
+    labels = torch.nn.functional.pad(labels, (0, missing), value=IGNORED)
+    batch = next_token_batch(tokens, labels)
+    if run.infimm is None:
+        return batch
+    tower = run.infimm.tower
+    tags = int((tokens == run.infimm.image_token_id).sum())
+    given = torch.empty(0, 3, tower.image_size, tower.image_size) if case.images is None else case.images[row]
+    if tags > given.size(0):
+        raise DataError(f"row {row}: tags of images", tags, f"only {given.size(0)} images come", "give the others too")
+    if tuple(given.shape[1:]) != (3, tower.image_size, tower.image_size):
+        size = (3, tower.image_size, tower.image_size)
+        raise DataError(f"row {row}: images", tuple(given.shape[1:]), f"the tower takes {size}", "resize them")
+    image_of_token, has_image = preceding_images(tokens, run.infimm.image_token_id, [tags])
+    media = Media(patch_rows(given[:tags], tower.patch_size), tags, image_of_token, has_image)
+    return TextBatch(batch.tokens, batch.labels, batch.loss_weights, media=media)
