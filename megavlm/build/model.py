@@ -60,11 +60,11 @@ def build_model(run: RunConfig, groups: Groups) -> Model:
         engine = is_transformer_engine(provider)
         check_fp8(run.precision, chip, capability, engine)
         check_recompute(run.recompute, capability is not None, engine)
-    common = {"provider": provider, "vocab_divisor": run.make_vocab_size_divisible_by}
+    common = (provider, run.make_vocab_size_divisible_by)
     build_chunk: ChunkBuilder = (
-        partial(build_decoder, run.decoder, **common)
+        partial(build_decoder, run.decoder, *common)
         if run.infimm is None
-        else partial(build_infimm, run.decoder, run.infimm, **common)
+        else partial(build_infimm, run.decoder, run.infimm, *common)
     )
     chunks = build_chunks(build_chunk, run.decoder, _transformer_fields(run, engine), run.parallel, groups)
     freeze_all_but(chunks, run.trainable)

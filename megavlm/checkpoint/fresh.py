@@ -26,12 +26,16 @@ class FreshWeights:
         return self._shapes[name]
 
     def read(self, name: str) -> Tensor:
-        kind = self._kinds[name]
-        if kind != "normal":
-            return torch.ones(self._shapes[name]) if kind == "ones" else torch.zeros(self._shapes[name])
+        kind, shape = self._kinds[name], self._shapes[name]
+        if kind in ("ones", "zeros"):
+            return torch.ones(shape) if kind == "ones" else torch.zeros(shape)
         digest = hashlib.sha256(f"{self._seed}:{name}".encode()).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little", signed=True))
-        return torch.empty(self._shapes[name]).normal_(0.0, self._std, generator=generator)
+        if kind == "linear":
+            bound = shape[1] ** -0.5
+            return torch.empty(shape).uniform_(-bound, bound, generator=generator)
+        std = 1.0 if kind == "unit normal" else self._std
+        return torch.empty(shape).normal_(0.0, std, generator=generator)
 
     def read_rows(self, name: str, start: int, stop: int) -> Tensor:
         return self.read(name)[start:stop]

@@ -71,9 +71,7 @@ def _verify_case(
     return found
 
 
-def _gradients(
-    name: str, case: Case, chunks: Sequence[nn.Module], run: RunConfig, groups: Groups
-) -> list[Deviation]:
+def _gradients(name: str, case: Case, chunks: Sequence[nn.Module], run: RunConfig, groups: Groups) -> list[Deviation]:
     trained = [chunk for chunk in chunks if any(parameter.requires_grad for parameter in chunk.parameters())]
     whole = torch.stack([gradient.double().norm() for gradient in case.gradients.values()]).norm()
     found = []

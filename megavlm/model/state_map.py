@@ -15,7 +15,9 @@ from torch import Tensor
 
 Split = Literal["whole", "rows", "columns"]
 Order = Literal["one after another", "by query group", "by rank", "halves by rank"]
-Fresh = Literal["normal", "ones", "zeros"]
+Fresh = Literal["normal", "unit normal", "linear", "ones", "zeros"]
+"""How a tensor is drawn: normal with the run's standard deviation or with 1, as torch draws a Linear's weight (uniform
+within 1 / sqrt(its columns)), or not at all."""
 
 
 @dataclass(frozen=True)

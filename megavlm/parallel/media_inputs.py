@@ -15,7 +15,7 @@ from torch import nn
 from megavlm.batch import Media, TextBatch
 from megavlm.model.infimm.model import MediaInput
 from megavlm.parallel.groups import Groups
-from megavlm.parallel.vision_parallel import deal_images, gather_images
+from megavlm.parallel.vision_parallel import deal_images, gather_images, rows_of_images
 
 
 class MediaInputs:
@@ -34,11 +34,13 @@ class MediaInputs:
             return {"media": MediaInput(token_map, media.images)}
         deal = deal_images([1.0] * media.images, self.tensor_group.size())
         gather = partial(gather_images, deal=deal, group=self.tensor_group, gradient="replicated")
-        return {"media": MediaInput(token_map, media.images, self._encode(media, deal[self.tensor_group.rank()]), gather)}
+        return {
+            "media": MediaInput(token_map, media.images, self._encode(media, deal[self.tensor_group.rank()]), gather)
+        }
 
     @torch.no_grad()
     def _encode(self, media: Media, own: list[int]) -> torch.Tensor:
         assert self.tower is not None
-        rows = media.patches.unflatten(0, (media.images, self.patches_per_image))[own].flatten(0, 1)
+        rows = rows_of_images(media.patches, self.patches_per_image, own)
         features: torch.Tensor = self.tower(rows.to(next(self.tower.parameters()).dtype))
         return features

@@ -5,11 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+import torch
+import torch.distributed as dist
+from megatron.core.distributed import DistributedDataParallel
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor, nn
 
 from megavlm.batch import TextBatch
+from megavlm.parallel.groups import Groups
 
 OutputFunction = Callable[[TextBatch, Tensor], Any]
 """What becomes of the last stage's output of one microbatch. In training: (sum of losses, target tokens, what
@@ -58,6 +62,30 @@ def run_schedule(
         collect_non_loss_data=not with_labels,
     )
     return kept
+
+
+def forward_backward(
+    chunks: Sequence[DistributedDataParallel],
+    batches: Sequence[TextBatch],
+    groups: Groups,
+    inputs: InputFunction | None = None,
+) -> tuple[float, int]:
+    """Leave the gradient of the global batch's mean loss in `main_grad`; return that loss and its target tokens."""
+    for chunk in chunks:
+        chunk.zero_grad_buffer()
+    sums = run_schedule(chunks, batches, _weighted_sum, inputs=inputs)
+    if not groups.is_last_stage:
+        return 0.0, 0
+    total = torch.stack(sums).sum(0)
+    dist.all_reduce(total, group=groups.collection.dp)
+    return (total[0] / total[1].clamp(min=1)).item(), int(total[1])
+
+
+def _weighted_sum(batch: TextBatch, losses: Tensor) -> tuple[Tensor, Tensor, Any]:
+    """The sum of this microbatch's losses and the tokens it counts; megatron-core divides one sum by the other."""
+    total = (losses * batch.loss_weights).sum()
+    tokens = batch.target_tokens
+    return total, tokens, torch.stack([total.detach().double(), tokens.double()])
 
 
 def packed_rows(cu_seqlens: Tensor | None) -> PackedSeqParams | None:

@@ -19,11 +19,12 @@ from megavlm.build.run_config import (
 )
 from megavlm.data.toy_text import toy_step
 from megavlm.parallel import groups as process_groups
+from megavlm.parallel.schedule import forward_backward
 from megavlm.parallel.wrap import wrap_data_parallel
 from megavlm.recipes import recipe
 from megavlm.testing import assert_losses_close, spawn
 from megavlm.train.optim import build_optimizer
-from megavlm.train.step import forward_backward, train_step
+from megavlm.train.step import train_step
 
 LENGTH, ROWS = 16, 4
 TP2_SEQUENCE_PARALLEL = ParallelConfig(tensor_model_parallel_size=2, sequence_parallel=True)

@@ -32,10 +32,11 @@ from megavlm.export.hf_export import export_model, folder_tensors
 from megavlm.infer.logits import compute_logits
 from megavlm.model.decoder.state_map import decoder_state_map
 from megavlm.parallel import groups as process_groups
+from megavlm.parallel.schedule import forward_backward
 from megavlm.parallel.wrap import wrap_data_parallel
 from megavlm.testing import assert_gradients_close, assert_logits_close, assert_losses_close, spawn
 from megavlm.train.optim import build_optimizer
-from megavlm.train.step import forward_backward, train_step
+from megavlm.train.step import train_step
 
 ROWS, LENGTH, VOCABULARY, STEPS = 4, 16, 101, 10
 DOCUMENTS = (5, 8, 3)  # of the packed row
