@@ -30,8 +30,8 @@ NUMBERS = ("registers", "spill_bytes", "shared_bytes")
 COLUMNS = (*KEY, *SETTINGS, *NUMBERS, "triton")
 MOST_SHARED = {"sm_80": 160 * 1024, "sm_90": 227 * 1024}
 
-HEADS = ((64, 8), (96, 16))
-"""(head dim, heads): InfiMM's released code, and its model card."""
+HEADS = ((64, 8), (96, 16), (88, 16))
+"""(head dim, heads): InfiMM's released code, its model card, and a width that is no multiple of 16."""
 LATENTS = 64
 IMAGES = 48
 """Eight rows of six images."""

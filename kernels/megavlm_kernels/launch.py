@@ -26,16 +26,15 @@ class Launch:
 
 
 def strides(**tensors: torch.Tensor) -> dict[str, int]:
-    """`<name>_row` and `<name>_head`, the two strides that a kernel needs of each packed [rows, heads, d] tensor."""
-    found = {}
-    for name, tensor in tensors.items():
-        found[f"{name}_row"], found[f"{name}_head"] = tensor.stride(0), tensor.stride(1)
-    return found
+    """`<name>_row`, the one stride that a kernel needs of a packed [rows, heads, d] tensor with dense heads."""
+    return {f"{name}_row": tensor.stride(0) for name, tensor in tensors.items()}
 
 
-def with_dense_rows(tensor: torch.Tensor) -> torch.Tensor:
-    """The tensor itself where the last axis is dense (half of a fused k-v projection is), else a copy."""
-    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
+def with_dense_heads(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor itself where each row's heads lie side by side (half of a fused k-v projection does), else a copy."""
+    heads, width = tensor.shape[-2:]
+    is_dense = tensor.stride(-1) == 1 and (heads == 1 or tensor.stride(-2) == width)
+    return tensor if is_dense else tensor.contiguous()
 
 
 def ceil_div(number: int, by: int) -> int:

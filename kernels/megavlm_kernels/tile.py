@@ -1,7 +1,8 @@
 """The arithmetic of one attention tile, shared by the attention kernels: load, online softmax, recomputing backward.
 
 Scores are kept in base 2 (scale_log2 = scale * log2 e), as exp2 is what the hardware has. Rows and columns beyond the
-end are loaded as zeros: they change no sum, except that zero keys would get weight, so keys alone need a mask.
+end are loaded as zeros: they change no sum, except that zero keys would get weight, so keys alone need a mask. In
+key_gradients the rows of keys beyond the end may overflow; each stays by itself, and none is stored.
 """
 
 from __future__ import annotations

@@ -29,7 +29,7 @@ class _GatedResidual(torch.autograd.Function):
     def forward(ctx: Any, x: torch.Tensor, y: torch.Tensor, gate: torch.Tensor, flag: torch.Tensor) -> torch.Tensor:
         from megavlm_kernels.gated import triton_kernel
 
-        y = y.contiguous()
+        y, flag = y.contiguous(), flag.contiguous()
         ctx.save_for_backward(y, gate, flag)
         return triton_kernel.forward(x.contiguous(), y, gate, flag)
 

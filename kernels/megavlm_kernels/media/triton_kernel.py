@@ -15,7 +15,7 @@ import torch
 import triton
 import triton.language as tl
 
-from megavlm_kernels.launch import Launch, attention_tiles, ceil_div, key_gradient_tiles, strides, with_dense_rows
+from megavlm_kernels.launch import Launch, attention_tiles, ceil_div, key_gradient_tiles, strides, with_dense_heads
 from megavlm_kernels.media.schedule import MediaSchedule
 from megavlm_kernels.tile import attend, finish, key_gradients, load_rows, query_gradient, store_rows
 
@@ -23,7 +23,7 @@ from megavlm_kernels.tile import attend, finish, key_gradients, load_rows, query
 @triton.jit
 def forward_kernel(
     q, k, v, order, tile_image, tile_begin, tile_end, out, logsumexp,
-    q_row, q_head, k_row, k_head, v_row, v_head, out_row, out_head,
+    q_row, k_row, v_row, out_row,
     latents, tokens, scale_log2,
     D: tl.constexpr, D_PAD: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
@@ -32,26 +32,25 @@ def forward_kernel(
     position = tl.load(tile_begin + tile) + tl.arange(0, BLOCK_Q)
     keep_token = position < tl.load(tile_end + tile)
     token = tl.load(order + position, mask=keep_token, other=0)
-    q_tile = load_rows(q + head * q_head, token, q_row, keep_token, D, D_PAD)
+    q_tile = load_rows(q + head * D, token, q_row, keep_token, D, D_PAD)
     acc = tl.zeros([BLOCK_Q, D_PAD], tl.float32)
     top = tl.full([BLOCK_Q], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_Q], tl.float32)
     for begin in range(0, tl.where(image < 0, 0, latents), BLOCK_K):
         key = begin + tl.arange(0, BLOCK_K)
         row = image * latents + key
-        k_tile = load_rows(k + head * k_head, row, k_row, key < latents, D, D_PAD)
-        v_tile = load_rows(v + head * v_head, row, v_row, key < latents, D, D_PAD)
+        k_tile = load_rows(k + head * D, row, k_row, key < latents, D, D_PAD)
+        v_tile = load_rows(v + head * D, row, v_row, key < latents, D, D_PAD)
         acc, top, total = attend(q_tile, k_tile, v_tile, key < latents, scale_log2, acc, top, total)
     acc, lse = finish(acc, top, total)
-    store_rows(out + head * out_head, token, out_row, keep_token, acc, D, D_PAD)
+    store_rows(out + head * D, token, out_row, keep_token, acc, D, D_PAD)
     tl.store(logsumexp + head.to(tl.int64) * tokens + token, lse, mask=keep_token)
 
 
 @triton.jit
 def grad_q_kernel(
     q, k, v, order, tile_image, tile_begin, tile_end, out, grad_out, logsumexp, delta, grad_q,
-    q_row, q_head, k_row, k_head, v_row, v_head,
-    out_row, out_head, grad_out_row, grad_out_head, grad_q_row, grad_q_head,
+    q_row, k_row, v_row, out_row, grad_out_row, grad_q_row,
     latents, tokens, scale, scale_log2,
     D: tl.constexpr, D_PAD: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
@@ -62,27 +61,26 @@ def grad_q_kernel(
     keep_token = position < tl.load(tile_end + tile)
     token = tl.load(order + position, mask=keep_token, other=0)
     statistics = head.to(tl.int64) * tokens + token
-    out_tile = load_rows(out + head * out_head, token, out_row, keep_token, D, D_PAD)
-    do = load_rows(grad_out + head * grad_out_head, token, grad_out_row, keep_token, D, D_PAD)
+    out_tile = load_rows(out + head * D, token, out_row, keep_token, D, D_PAD)
+    do = load_rows(grad_out + head * D, token, grad_out_row, keep_token, D, D_PAD)
     delta_tile = tl.sum(out_tile.to(tl.float32) * do.to(tl.float32), 1)
     tl.store(delta + statistics, delta_tile, mask=keep_token)
-    q_tile = load_rows(q + head * q_head, token, q_row, keep_token, D, D_PAD)
+    q_tile = load_rows(q + head * D, token, q_row, keep_token, D, D_PAD)
     lse = tl.load(logsumexp + statistics, mask=keep_token, other=0.0)
     acc = tl.zeros([BLOCK_Q, D_PAD], tl.float32)
     for begin in range(0, tl.where(image < 0, 0, latents), BLOCK_K):
         key = begin + tl.arange(0, BLOCK_K)
         row = image * latents + key
-        k_tile = load_rows(k + head * k_head, row, k_row, key < latents, D, D_PAD)
-        v_tile = load_rows(v + head * v_head, row, v_row, key < latents, D, D_PAD)
+        k_tile = load_rows(k + head * D, row, k_row, key < latents, D, D_PAD)
+        v_tile = load_rows(v + head * D, row, v_row, key < latents, D, D_PAD)
         acc = query_gradient(q_tile, k_tile, v_tile, key < latents, do, lse, delta_tile, scale_log2, acc)
-    store_rows(grad_q + head * grad_q_head, token, grad_q_row, keep_token, acc * scale, D, D_PAD)
+    store_rows(grad_q + head * D, token, grad_q_row, keep_token, acc * scale, D, D_PAD)
 
 
 @triton.jit
 def grad_kv_kernel(
     q, k, v, order, starts, grad_out, logsumexp, delta, grad_k, grad_v,
-    q_row, q_head, k_row, k_head, v_row, v_head, grad_out_row, grad_out_head,
-    grad_k_row, grad_k_head, grad_v_row, grad_v_head,
+    q_row, k_row, v_row, grad_out_row, grad_k_row, grad_v_row,
     latents, tokens, scale, scale_log2,
     D: tl.constexpr, D_PAD: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
@@ -90,8 +88,8 @@ def grad_kv_kernel(
     key = tl.program_id(2) * BLOCK_K + tl.arange(0, BLOCK_K)
     keep_key = key < latents
     row = image.to(tl.int64) * latents + key
-    k_tile = load_rows(k + head * k_head, row, k_row, keep_key, D, D_PAD)
-    v_tile = load_rows(v + head * v_head, row, v_row, keep_key, D, D_PAD)
+    k_tile = load_rows(k + head * D, row, k_row, keep_key, D, D_PAD)
+    v_tile = load_rows(v + head * D, row, v_row, keep_key, D, D_PAD)
     acc_k = tl.zeros([BLOCK_K, D_PAD], tl.float32)
     acc_v = tl.zeros([BLOCK_K, D_PAD], tl.float32)
     end = tl.load(starts + image + 1)
@@ -100,13 +98,13 @@ def grad_kv_kernel(
         keep_token = position < end
         token = tl.load(order + position, mask=keep_token, other=0)
         statistics = head.to(tl.int64) * tokens + token
-        q_tile = load_rows(q + head * q_head, token, q_row, keep_token, D, D_PAD)
-        do = load_rows(grad_out + head * grad_out_head, token, grad_out_row, keep_token, D, D_PAD)
+        q_tile = load_rows(q + head * D, token, q_row, keep_token, D, D_PAD)
+        do = load_rows(grad_out + head * D, token, grad_out_row, keep_token, D, D_PAD)
         lse = tl.load(logsumexp + statistics, mask=keep_token, other=0.0)
         delta_tile = tl.load(delta + statistics, mask=keep_token, other=0.0)
         acc_k, acc_v = key_gradients(k_tile, v_tile, q_tile, do, lse, delta_tile, scale_log2, acc_k, acc_v)
-    store_rows(grad_k + head * grad_k_head, row, grad_k_row, keep_key, acc_k * scale, D, D_PAD)
-    store_rows(grad_v + head * grad_v_head, row, grad_v_row, keep_key, acc_v, D, D_PAD)
+    store_rows(grad_k + head * D, row, grad_k_row, keep_key, acc_k * scale, D, D_PAD)
+    store_rows(grad_v + head * D, row, grad_v_row, keep_key, acc_v, D, D_PAD)
 
 
 @dataclass(frozen=True)
@@ -123,7 +121,7 @@ class Inputs:
 
     @classmethod
     def of(cls, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, schedule: MediaSchedule, scale: float) -> Inputs:
-        q, k, v = with_dense_rows(q), with_dense_rows(k), with_dense_rows(v)
+        q, k, v = with_dense_heads(q), with_dense_heads(k), with_dense_heads(v)
         return cls(q, k.flatten(0, 1), v.flatten(0, 1), schedule, scale, *k.shape[:2])
 
     @property
@@ -219,7 +217,7 @@ def backward(
     inputs: Inputs, out: torch.Tensor, logsumexp: torch.Tensor, grad_out: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Gradients of q, k and v, each contiguous in its input's shape."""
-    grad_out = with_dense_rows(grad_out)
+    grad_out = with_dense_heads(grad_out)
     delta = torch.empty_like(logsumexp)
     wanted = (inputs.q, inputs.k, inputs.v)
     grad_q, grad_k, grad_v = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in wanted)

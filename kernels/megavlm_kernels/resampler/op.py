@@ -48,6 +48,7 @@ class _ResamplerAttention(torch.autograd.Function):
     ) -> torch.Tensor:
         from megavlm_kernels.resampler import triton_kernel
 
+        cu_seqlens_media = cu_seqlens_media.contiguous()
         inputs = triton_kernel.Inputs.of(q, k_media, v_media, k_latents, v_latents, cu_seqlens_media, scale)
         out, logsumexp = triton_kernel.forward(inputs)
         ctx.save_for_backward(q, k_media, v_media, k_latents, v_latents, cu_seqlens_media, out, logsumexp)

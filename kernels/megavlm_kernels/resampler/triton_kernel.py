@@ -15,15 +15,14 @@ import torch
 import triton
 import triton.language as tl
 
-from megavlm_kernels.launch import Launch, attention_tiles, ceil_div, key_gradient_tiles, strides, with_dense_rows
+from megavlm_kernels.launch import Launch, attention_tiles, ceil_div, key_gradient_tiles, strides, with_dense_heads
 from megavlm_kernels.tile import attend, finish, key_gradients, load_rows, query_gradient, store_rows
 
 
 @triton.jit
 def forward_kernel(
     q, k_media, v_media, k_latents, v_latents, cu_seqlens, out, logsumexp,
-    q_row, q_head, k_media_row, k_media_head, v_media_row, v_media_head,
-    k_latents_row, k_latents_head, v_latents_row, v_latents_head, out_row, out_head,
+    q_row, k_media_row, v_media_row, k_latents_row, v_latents_row, out_row,
     latents, rows, scale_log2,
     D: tl.constexpr, D_PAD: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
@@ -31,32 +30,30 @@ def forward_kernel(
     own = image * latents
     query = tl.program_id(2) * BLOCK_Q + tl.arange(0, BLOCK_Q)
     keep_query = query < latents
-    q_tile = load_rows(q + head * q_head, own + query, q_row, keep_query, D, D_PAD)
+    q_tile = load_rows(q + head * D, own + query, q_row, keep_query, D, D_PAD)
     acc = tl.zeros([BLOCK_Q, D_PAD], tl.float32)
     top = tl.full([BLOCK_Q], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_Q], tl.float32)
     media_end = tl.load(cu_seqlens + image + 1)
     for begin in range(tl.load(cu_seqlens + image), media_end, BLOCK_K):
         key = begin + tl.arange(0, BLOCK_K)
-        k = load_rows(k_media + head * k_media_head, key, k_media_row, key < media_end, D, D_PAD)
-        v = load_rows(v_media + head * v_media_head, key, v_media_row, key < media_end, D, D_PAD)
+        k = load_rows(k_media + head * D, key, k_media_row, key < media_end, D, D_PAD)
+        v = load_rows(v_media + head * D, key, v_media_row, key < media_end, D, D_PAD)
         acc, top, total = attend(q_tile, k, v, key < media_end, scale_log2, acc, top, total)
     for begin in range(0, latents, BLOCK_K):
         key = begin + tl.arange(0, BLOCK_K)
-        k = load_rows(k_latents + head * k_latents_head, own + key, k_latents_row, key < latents, D, D_PAD)
-        v = load_rows(v_latents + head * v_latents_head, own + key, v_latents_row, key < latents, D, D_PAD)
+        k = load_rows(k_latents + head * D, own + key, k_latents_row, key < latents, D, D_PAD)
+        v = load_rows(v_latents + head * D, own + key, v_latents_row, key < latents, D, D_PAD)
         acc, top, total = attend(q_tile, k, v, key < latents, scale_log2, acc, top, total)
     acc, lse = finish(acc, top, total)
-    store_rows(out + head * out_head, own + query, out_row, keep_query, acc, D, D_PAD)
+    store_rows(out + head * D, own + query, out_row, keep_query, acc, D, D_PAD)
     tl.store(logsumexp + head.to(tl.int64) * rows + own + query, lse, mask=keep_query)
 
 
 @triton.jit
 def grad_q_kernel(
     q, k_media, v_media, k_latents, v_latents, cu_seqlens, out, grad_out, logsumexp, delta, grad_q,
-    q_row, q_head, k_media_row, k_media_head, v_media_row, v_media_head,
-    k_latents_row, k_latents_head, v_latents_row, v_latents_head,
-    out_row, out_head, grad_out_row, grad_out_head, grad_q_row, grad_q_head,
+    q_row, k_media_row, v_media_row, k_latents_row, v_latents_row, out_row, grad_out_row, grad_q_row,
     latents, rows, scale, scale_log2,
     D: tl.constexpr, D_PAD: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
@@ -66,32 +63,31 @@ def grad_q_kernel(
     query = tl.program_id(2) * BLOCK_Q + tl.arange(0, BLOCK_Q)
     keep_query = query < latents
     statistics = head.to(tl.int64) * rows + own + query
-    out_tile = load_rows(out + head * out_head, own + query, out_row, keep_query, D, D_PAD)
-    do = load_rows(grad_out + head * grad_out_head, own + query, grad_out_row, keep_query, D, D_PAD)
+    out_tile = load_rows(out + head * D, own + query, out_row, keep_query, D, D_PAD)
+    do = load_rows(grad_out + head * D, own + query, grad_out_row, keep_query, D, D_PAD)
     delta_tile = tl.sum(out_tile.to(tl.float32) * do.to(tl.float32), 1)
     tl.store(delta + statistics, delta_tile, mask=keep_query)
-    q_tile = load_rows(q + head * q_head, own + query, q_row, keep_query, D, D_PAD)
+    q_tile = load_rows(q + head * D, own + query, q_row, keep_query, D, D_PAD)
     lse = tl.load(logsumexp + statistics, mask=keep_query, other=0.0)
     acc = tl.zeros([BLOCK_Q, D_PAD], tl.float32)
     media_end = tl.load(cu_seqlens + image + 1)
     for begin in range(tl.load(cu_seqlens + image), media_end, BLOCK_K):
         key = begin + tl.arange(0, BLOCK_K)
-        k = load_rows(k_media + head * k_media_head, key, k_media_row, key < media_end, D, D_PAD)
-        v = load_rows(v_media + head * v_media_head, key, v_media_row, key < media_end, D, D_PAD)
+        k = load_rows(k_media + head * D, key, k_media_row, key < media_end, D, D_PAD)
+        v = load_rows(v_media + head * D, key, v_media_row, key < media_end, D, D_PAD)
         acc = query_gradient(q_tile, k, v, key < media_end, do, lse, delta_tile, scale_log2, acc)
     for begin in range(0, latents, BLOCK_K):
         key = begin + tl.arange(0, BLOCK_K)
-        k = load_rows(k_latents + head * k_latents_head, own + key, k_latents_row, key < latents, D, D_PAD)
-        v = load_rows(v_latents + head * v_latents_head, own + key, v_latents_row, key < latents, D, D_PAD)
+        k = load_rows(k_latents + head * D, own + key, k_latents_row, key < latents, D, D_PAD)
+        v = load_rows(v_latents + head * D, own + key, v_latents_row, key < latents, D, D_PAD)
         acc = query_gradient(q_tile, k, v, key < latents, do, lse, delta_tile, scale_log2, acc)
-    store_rows(grad_q + head * grad_q_head, own + query, grad_q_row, keep_query, acc * scale, D, D_PAD)
+    store_rows(grad_q + head * D, own + query, grad_q_row, keep_query, acc * scale, D, D_PAD)
 
 
 @triton.jit
 def grad_kv_kernel(
     q, k, v, cu_seqlens, grad_out, logsumexp, delta, grad_k, grad_v,
-    q_row, q_head, k_row, k_head, v_row, v_head, grad_out_row, grad_out_head,
-    grad_k_row, grad_k_head, grad_v_row, grad_v_head,
+    q_row, k_row, v_row, grad_out_row, grad_k_row, grad_v_row,
     latents, rows, scale, scale_log2,
     D: tl.constexpr, D_PAD: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
@@ -110,21 +106,21 @@ def grad_kv_kernel(
     for begin in range(first + tl.program_id(2) * BLOCK_K, end, tl.num_programs(2) * BLOCK_K):
         key = begin + tl.arange(0, BLOCK_K)
         keep_key = key < end
-        k_tile = load_rows(k + head * k_head, key, k_row, keep_key, D, D_PAD)
-        v_tile = load_rows(v + head * v_head, key, v_row, keep_key, D, D_PAD)
+        k_tile = load_rows(k + head * D, key, k_row, keep_key, D, D_PAD)
+        v_tile = load_rows(v + head * D, key, v_row, keep_key, D, D_PAD)
         acc_k = tl.zeros([BLOCK_K, D_PAD], tl.float32)
         acc_v = tl.zeros([BLOCK_K, D_PAD], tl.float32)
         for query_begin in range(0, latents, BLOCK_Q):
             query = query_begin + tl.arange(0, BLOCK_Q)
             keep_query = query < latents
             statistics = head.to(tl.int64) * rows + own + query
-            q_tile = load_rows(q + head * q_head, own + query, q_row, keep_query, D, D_PAD)
-            do = load_rows(grad_out + head * grad_out_head, own + query, grad_out_row, keep_query, D, D_PAD)
+            q_tile = load_rows(q + head * D, own + query, q_row, keep_query, D, D_PAD)
+            do = load_rows(grad_out + head * D, own + query, grad_out_row, keep_query, D, D_PAD)
             lse = tl.load(logsumexp + statistics, mask=keep_query, other=0.0)
             delta_tile = tl.load(delta + statistics, mask=keep_query, other=0.0)
             acc_k, acc_v = key_gradients(k_tile, v_tile, q_tile, do, lse, delta_tile, scale_log2, acc_k, acc_v)
-        store_rows(grad_k + head * grad_k_head, key, grad_k_row, keep_key, acc_k * scale, D, D_PAD)
-        store_rows(grad_v + head * grad_v_head, key, grad_v_row, keep_key, acc_v, D, D_PAD)
+        store_rows(grad_k + head * D, key, grad_k_row, keep_key, acc_k * scale, D, D_PAD)
+        store_rows(grad_v + head * D, key, grad_v_row, keep_key, acc_v, D, D_PAD)
 
 
 @dataclass(frozen=True)
@@ -152,7 +148,7 @@ class Inputs:
         cu_seqlens: torch.Tensor,
         scale: float,
     ) -> Inputs:
-        dense = [with_dense_rows(tensor) for tensor in (q, k_media, v_media, k_latents, v_latents)]
+        dense = [with_dense_heads(tensor) for tensor in (q, k_media, v_media, k_latents, v_latents)]
         q, k_media, v_media, k_latents, v_latents = dense
         packed = (q.flatten(0, 1), k_media, v_media, k_latents.flatten(0, 1), v_latents.flatten(0, 1))
         return cls(*packed, cu_seqlens, scale, *q.shape[:2])
@@ -254,7 +250,7 @@ def backward(
 ) -> tuple[torch.Tensor, ...]:
     """Gradients of q, k_media, v_media, k_latents and v_latents, each contiguous in its input's shape."""
     shape = out.shape
-    out, grad_out = out.flatten(0, 1), with_dense_rows(grad_out).flatten(0, 1)
+    out, grad_out = out.flatten(0, 1), with_dense_heads(grad_out).flatten(0, 1)
     wanted = (inputs.q, *inputs.keys.values())
     grads = [torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device) for tensor in wanted]
     grad_q, grad_k_media, grad_v_media, grad_k_latents, grad_v_latents = grads

@@ -56,6 +56,14 @@ def test_tokens_without_images_pass_unchanged(device: torch.device) -> None:
     assert torch.equal(as_number.run(gated_residual)[0], out)
 
 
+def test_flags_may_be_a_view(device: torch.device) -> None:
+    x, y, gate = case(device, torch.float32, 24, 16, 0.6).inputs
+    by_sample = torch.tensor([[True, False, True]], device=device).expand(8, 3).reshape(24)
+    strided = torch.stack([by_sample, ~by_sample], 1)[:, 0]
+    assert not strided.is_contiguous()
+    assert torch.equal(gated_residual(x, y, gate, strided), gated_residual(x, y, gate, by_sample))
+
+
 def test_no_tokens(device: torch.device) -> None:
     out, *_, grad_gate = case(device, torch.float32, 0, 64, 0.5).run(gated_residual)
     assert out.shape == (0, 64) and grad_gate.tolist() == [0.0]

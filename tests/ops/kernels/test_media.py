@@ -92,6 +92,13 @@ def test_images_no_token_attends_to_are_never_read(device: torch.device) -> None
         assert torch.equal(found, before)
 
 
+def test_scores_far_below_zero_leave_no_trace_of_the_padding(device: torch.device) -> None:
+    drawn = case(device, torch.float32, runs(30, 2), 2, 5, 1, 64)
+    q, k, v = drawn.inputs
+    for found in Case([q * 0.01 + 10, k * 0.01 - 10, v], drawn.others, drawn.grad_out).run(media_attention):
+        assert found.isfinite().all()
+
+
 def test_same_bits_twice(device: torch.device) -> None:
     again = case(device, torch.bfloat16, runs(120, 3), 3, 16, 2, 64)
     for first, second in zip(again.run(media_attention), again.run(media_attention), strict=True):

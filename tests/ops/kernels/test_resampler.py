@@ -61,10 +61,27 @@ def test_halves_of_a_fused_projection_are_read_in_place(device: torch.device) ->
         assert torch.equal(found, expected)
 
 
+def test_bounds_may_be_a_view(device: torch.device) -> None:
+    drawn = case(device, torch.float32, [9, 4, 30], 4, 1, 64)
+    bounds, scale = drawn.others
+    viewed = Case(drawn.inputs, (torch.stack([bounds, bounds * 0 + 7], 1)[:, 0], scale), drawn.grad_out)
+    for found, expected in zip(viewed.run(resampler_attention), drawn.run(resampler_attention), strict=True):
+        assert torch.equal(found, expected)
+
+
 def test_large_scores_stay_finite(device: torch.device) -> None:
     dense = case(device, torch.float32, [40], 16, 1, 64)
     large = Case([dense.inputs[0] * 1e4, *dense.inputs[1:]], dense.others, dense.grad_out)
     for found in large.run(resampler_attention):
+        assert found.isfinite().all()
+
+
+def test_scores_far_below_zero_leave_no_trace_of_the_padding(device: torch.device) -> None:
+    """A key beyond the end scores 0: against a softmax whose sum is 2^-1000 that would be infinite."""
+    drawn = case(device, torch.float32, [20], 5, 1, 64)
+    q, k_media, v_media, k_latents, v_latents = drawn.inputs
+    inputs = [q * 0.01 + 10, k_media * 0.01 - 10, v_media, k_latents * 0.01 - 10, v_latents]
+    for found in Case(inputs, drawn.others, drawn.grad_out).run(resampler_attention):
         assert found.isfinite().all()
 
 
