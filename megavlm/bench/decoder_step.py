@@ -19,10 +19,10 @@ from transformers.utils.logging import disable_progress_bar
 
 from megavlm.batch import TextBatch
 from megavlm.bench.harness import THREADS, Comparison, Pass, Side, timed
-from megavlm.build.model import build_model
+from megavlm.build.model import Model, build_model
 from megavlm.build.run_config import DecoderConfig, OptimizerConfig, PrecisionConfig, RunConfig, TrainConfig
 from megavlm.data.toy_text import toy_step
-from megavlm.export.hf_export import export_decoder
+from megavlm.export.hf_export import export_model
 from megavlm.model.decoder.model import Decoder
 from megavlm.parallel import groups as parallel_groups
 from megavlm.parallel.groups import Groups
@@ -69,8 +69,8 @@ def decoder_step(quick: bool) -> Iterator[Comparison]:
     run = run_of(quick)
     parallel_groups.join()
     groups = parallel_groups.start(run.parallel, run.train.seed)
-    chunks = build_model(run, groups).chunks
-    model = same_model(chunks, run, groups)
+    built = build_model(run, groups)
+    chunks, model = built.chunks, same_model(built, run, groups)
     shape = run.decoder
     try:
         yield Comparison(
@@ -89,12 +89,12 @@ def decoder_step(quick: bool) -> Iterator[Comparison]:
         parallel_groups.stop()
 
 
-def same_model(chunks: list[Decoder], run: RunConfig, groups: Groups) -> Qwen2ForCausalLM:
+def same_model(built: Model, run: RunConfig, groups: Groups) -> Qwen2ForCausalLM:
     """transformers' model with our weights."""
     disable_progress_bar()
     with TemporaryDirectory() as parent:
         folder = Path(parent) / "weights"
-        export_decoder(chunks, run.decoder, groups, folder, dtype=torch.float32)
+        export_model(built, run, groups, folder)
         model = Qwen2ForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="sdpa")
     return model.to(groups.device)
 

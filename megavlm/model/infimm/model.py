@@ -57,7 +57,7 @@ class InfiMM(Decoder):
         """Keep what the stage before sent: it is taken apart in `forward`, which knows the text's length."""
         self._received = input_tensor[0] if isinstance(input_tensor, list) else input_tensor
 
-    def forward(self, input_ids: Tensor, *arguments: Any, media: MediaInput, **keywords: Any) -> Tensor:  # type: ignore[override]
+    def forward(self, input_ids: Tensor, *arguments: Any, media: MediaInput, **keywords: Any) -> Tensor:
         latents = self._latents(input_ids.size(1), media)
         block_arguments = {"context": latents, "context_mask": media.token_map}
         output: Tensor = super().forward(input_ids, *arguments, extra_block_kwargs=block_arguments, **keywords)

@@ -31,7 +31,7 @@ class GatedLayer(TransformerLayer):
             parts.cross_attention, self.config, provider, parts.tower.width, parts.resampler.num_latents, groups
         )
 
-    def forward(  # type: ignore[override]
+    def forward(
         self, hidden_states: Tensor, *, context: Tensor, context_mask: Tensor, **rest: Any
     ) -> tuple[Tensor, Tensor]:
         hidden_states = self.gated(hidden_states, context, context_mask)
