@@ -95,13 +95,13 @@ class RunConfig(Config):
     """The vocabulary is padded to a multiple of this times the tensor-parallel ranks."""
 
     def check(self) -> None:
-        window = self.decoder.sliding_window
-        longest = min(self.decoder.max_position_embeddings, window or self.decoder.max_position_embeddings)
+        longest = self.decoder.longest_text
+        is_window = longest == self.decoder.sliding_window
         require(
             self.train.seq_length <= longest,
             self,
             "train.seq_length",
-            f"is longer than the decoder's {'sliding window' if longest == window else 'positions'} of {longest}",
+            f"is longer than the decoder's {'sliding window' if is_window else 'positions'} of {longest}",
             f"use at most {longest}",
         )
         require(

@@ -110,6 +110,19 @@ class HFFolder:
         return self._files[name]
 
 
+def eos_token_ids(path: str | Path) -> tuple[int, ...]:
+    """The tokens that end a text, as the folder's generation_config.json says, or else its config.json."""
+    generation = Path(path) / "generation_config.json"
+    config = _read_json(Path(path) / "config.json")
+    # A model with eyes describes its decoder in a section of its own.
+    places = [_read_json(generation) if generation.is_file() else {}, config, config.get("language", {})]
+    found = next((place["eos_token_id"] for place in places if place.get("eos_token_id") is not None), [])
+    ids = found if isinstance(found, list) else [found]
+    if not all(isinstance(token, int) for token in ids):
+        raise WeightsError(f"{path}: eos_token_id", found, "is no token", "write a number, or a list of numbers")
+    return tuple(ids)
+
+
 def _open_shards(index: Path) -> dict[str, SafetensorsFile | TorchFile]:
     """The file of each tensor, where the index and the shards agree."""
     where = f"weight_map of {index}"

@@ -96,6 +96,11 @@ class DecoderConfig(Config):
         for name in ("hidden_dropout", "attention_dropout"):
             require(0.0 <= getattr(self, name) < 1.0, self, name, "is no probability below 1", "use 0.0 for none")
 
+    @property
+    def longest_text(self) -> int:
+        """Tokens that it can read at once: windowed attention is full attention only up to the window."""
+        return min(self.max_position_embeddings, self.sliding_window or self.max_position_embeddings)
+
     @classmethod
     def from_hf(cls, hf: dict[str, Any], where: str = "config.json") -> DecoderConfig:
         """Read config.json; what this decoder cannot compute is refused, never ignored."""

@@ -35,6 +35,8 @@ class MediaInput:
     """[own images, tokens, width], first stage only: the tower's features of the images that this rank resamples."""
     gather: Callable[[Tensor], Tensor] | None = None
     """From the latents of its own images to those of all, in order; first stage only."""
+    latents: Tensor | None = None
+    """[rows, 1, width], first stage only: what `media_latents` gave before; features and gather are then not asked."""
 
 
 class InfiMM(Decoder):
@@ -63,11 +65,18 @@ class InfiMM(Decoder):
         output: Tensor = super().forward(input_ids, *arguments, extra_block_kwargs=block_arguments, **keywords)
         return output if self.post_process else append_latents(output, latents)
 
+    def media_latents(self, media: MediaInput) -> Tensor:
+        """[rows, 1, width]: the latents of all images, from the tower's features; first stage only."""
+        if media.latents is not None:
+            return media.latents
+        assert media.features is not None and media.gather is not None
+        latents: Tensor = media.gather(self.resampler(media.features))
+        return latents.flatten(0, 1).unsqueeze(1)
+
     def _latents(self, text_length: int, media: MediaInput) -> Tensor:
         """[rows, 1, width]: this rank's slice under sequence parallelism, else all."""
         if self.pre_process:
-            assert media.features is not None and media.gather is not None
-            latents = media.gather(self.resampler(media.features)).flatten(0, 1).unsqueeze(1)
+            latents = self.media_latents(media)
             if torch.is_grad_enabled() and not latents.requires_grad:
                 # With a frozen resampler nothing before the first gated block needs a gradient, and full recompute
                 # drops the gradients of everything behind an input that needs none, without a word.

@@ -1,0 +1,241 @@
+"""Generated text equals what transformers generates, and what full passes over the growing text give.
+
+One spawn a layout runs all models. The references of transformers are computed once, in the test's own process.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from torch import Tensor
+
+from megavlm.batch import Media, TextBatch, next_token_batch, preceding_images
+from megavlm.build.from_folder import run_from_folder
+from megavlm.build.model import Model, build_model
+from megavlm.build.run_config import ParallelConfig, PrecisionConfig, RunConfig, WeightsConfig, check_for_world
+from megavlm.errors import MegavlmError
+from megavlm.infer.generate import Prompt, generate
+from megavlm.infer.logits import compute_logits
+from megavlm.infer.sampling import SamplingConfig
+from megavlm.parallel import groups as process_groups
+from megavlm.parallel.groups import Groups
+from megavlm.testing import spawn
+
+GOLDEN = Path(__file__).parents[1] / "fixtures" / "infimm_zephyr_tiny"
+FAMILIES = ("llama", "mistral", "qwen2")
+VOCABULARY, NEW = 101, 32
+LENGTHS = (5, 1, 11, 5)
+GREEDY = SamplingConfig(max_new_tokens=NEW, eos_token_ids=())
+SAMPLED = SamplingConfig(max_new_tokens=NEW, do_sample=True, temperature=0.8, top_k=40, top_p=0.95, eos_token_ids=())
+LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
+    "one process": (1, {}),
+    "TP=2": (2, {"tensor_model_parallel_size": 2}),
+}
+
+
+def random_transformers_model(family: str) -> Any:
+    shape: dict[str, Any] = {
+        "hidden_size": 32,
+        "intermediate_size": 72,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "num_key_value_heads": {"llama": 4, "mistral": 2, "qwen2": 2}[family],
+        "head_dim": 12 if family == "mistral" else 8,
+        "vocab_size": VOCABULARY,
+        "max_position_embeddings": 64,
+        "initializer_range": 0.4,
+        "tie_word_embeddings": family == "qwen2",
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e4},
+        "bos_token_id": None,
+        "eos_token_id": None,
+        "pad_token_id": None,
+    }
+    kinds = {
+        "llama": transformers.LlamaConfig,
+        "mistral": transformers.MistralConfig,
+        "qwen2": transformers.Qwen2Config,
+    }
+    torch.manual_seed(FAMILIES.index(family))
+    return transformers.AutoModelForCausalLM.from_config(kinds[family](**shape)).eval()
+
+
+def random_prompts() -> list[Prompt]:
+    draw = torch.Generator().manual_seed(7)
+    return [Prompt(torch.randint(0, VOCABULARY, (length,), generator=draw)) for length in LENGTHS]
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, list[list[int]]]]:
+    """For each family a folder, and what transformers generates greedily from it, prompt by prompt."""
+    made = {}
+    for family in FAMILIES:
+        folder = tmp_path_factory.mktemp(family)
+        model = random_transformers_model(family)
+        model.save_pretrained(folder)
+        texts = [
+            model.generate(prompt.tokens[None], max_new_tokens=NEW, do_sample=False)[0, len(prompt.tokens) :].tolist()
+            for prompt in random_prompts()
+        ]
+        assert all(len(text) == NEW for text in texts)
+        assert len({token for text in texts for token in text}) > NEW, "a text that repeats itself shows little"
+        made[family] = (folder, texts)
+    return made
+
+
+def start(folder: Path, degrees: dict[str, Any]) -> tuple[Model, RunConfig, Groups]:
+    world_size = process_groups.join()
+    run = run_from_folder(folder)
+    run = run.replace(
+        parallel=ParallelConfig(**degrees),
+        precision=PrecisionConfig(params_dtype="float32"),
+        make_vocab_size_divisible_by=3,
+        train=run.train.replace(seq_length=8),
+    )
+    check_for_world(run, world_size)
+    groups = process_groups.start(run.parallel)
+    return build_model(run, groups), run, groups
+
+
+# --- decoders -------------------------------------------------------------------------------------------------------
+
+
+def generate_with_decoders(folders: dict[str, Path], degrees: dict[str, Any]) -> dict[str, Any]:
+    """For each family greedy text, sampled text of two seeds, and greedy text that ends at a given token."""
+    made = {}
+    for family, folder in folders.items():
+        model, run, groups = start(folder, degrees)
+        was_training = model.chunks[0].training
+        greedy = generate(model, run, groups, random_prompts(), GREEDY)
+        end = greedy[0][6]
+        made[family] = {
+            "greedy": greedy,
+            "sampled": generate(model, run, groups, random_prompts(), SAMPLED),
+            "sampled alone": generate(model, run, groups, random_prompts()[:1], SAMPLED),
+            "another seed": generate(model, run, groups, random_prompts(), SAMPLED.replace(seed=5)),
+            "ended": generate(model, run, groups, random_prompts(), GREEDY.replace(eos_token_ids=(end,))),
+        }
+        assert model.chunks[0].training == was_training
+        process_groups.stop()
+    return made
+
+
+@pytest.fixture(scope="module")
+def generated(folders: dict[str, tuple[Path, list[list[int]]]]) -> dict[str, list[dict[str, Any]]]:
+    """What each rank of each layout generated."""
+    paths = {family: folder for family, (folder, _) in folders.items()}
+    return {layout: spawn(generate_with_decoders, size, paths, degrees) for layout, (size, degrees) in LAYOUTS.items()}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_greedy_text_is_that_of_transformers(
+    folders: dict[str, tuple[Path, list[list[int]]]],
+    generated: dict[str, list[dict[str, Any]]],
+    family: str,
+    layout: str,
+) -> None:
+    _, reference = folders[family]
+    for rank in generated[layout]:
+        assert rank[family]["greedy"] == reference
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_sampled_text_depends_on_the_seed_alone(generated: dict[str, list[dict[str, Any]]], family: str) -> None:
+    ranks = [rank[family] for layout in LAYOUTS for rank in generated[layout]]
+    first = ranks[0]
+    assert all(rank["sampled"] == first["sampled"] for rank in ranks)
+    assert first["sampled alone"] == first["sampled"][:1], "neighbours in the batch must not matter"
+    assert first["sampled"] != first["greedy"]
+    assert first["sampled"] != first["another seed"]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_text_ends_at_its_first_end_token(generated: dict[str, list[dict[str, Any]]], family: str) -> None:
+    for layout in LAYOUTS:
+        for rank in generated[layout]:
+            end = rank[family]["greedy"][0][6]
+            for ended, whole in zip(rank[family]["ended"], rank[family]["greedy"], strict=True):
+                assert ended == (whole[: whole.index(end) + 1] if end in whole else whole)
+            assert len(rank[family]["ended"][0]) <= 7
+
+
+# --- InfiMM ---------------------------------------------------------------------------------------------------------
+
+
+def infimm_prompts(run: RunConfig, blank_images: bool = False) -> list[Prompt]:
+    """Text before the first of two images; text alone; an image at once and one at the end; all of other lengths."""
+    assert run.infimm is not None
+    draw = torch.Generator().manual_seed(11)
+    tower, tag = run.infimm.tower, run.infimm.image_token_id
+    prompts = []
+    for length, tags in ((9, (3, 6)), (4, ()), (12, (0, 11))):
+        tokens = torch.randint(3, run.infimm.eoc_token_id, (length,), generator=draw)
+        tokens[list(tags)] = tag
+        patches = torch.randn(len(tags) * tower.patches, 3 * tower.patch_size**2, generator=draw)
+        prompts.append(Prompt(tokens, len(tags), torch.zeros_like(patches) if blank_images else patches))
+    return prompts
+
+
+def infimm_batch(run: RunConfig, prompt: Prompt, answer: list[int]) -> TextBatch:
+    """The whole text of one prompt as training would see it; a tag in the answer would count as an image."""
+    assert run.infimm is not None and prompt.patches is not None
+    assert run.infimm.image_token_id not in answer
+    tokens = torch.cat([prompt.tokens, torch.tensor(answer, dtype=torch.int64)])[None]
+    seen, has_image = preceding_images(tokens, run.infimm.image_token_id, [prompt.images])
+    plain = next_token_batch(tokens)
+    media = Media(prompt.patches, prompt.images, seen, has_image)
+    return TextBatch(plain.tokens, plain.labels, plain.loss_weights, media=media)
+
+
+def without_cache(model: Model, run: RunConfig, groups: Groups, prompt: Prompt) -> list[int]:
+    """Greedy text by a full pass, tower included, for each token."""
+    answer: list[int] = []
+    for _ in range(NEW):
+        batch = infimm_batch(run, prompt, answer)
+        (logits,) = compute_logits(model.chunks, [batch], groups, run.decoder.vocab_size, model.inputs)
+        answer.append(int(logits[0, -1].argmax()))
+    return answer
+
+
+def open_gates(model: Model) -> None:
+    """The fixture's gates are almost closed: open them, so that images decide what is said."""
+    for name, parameter in model.chunks[0].named_parameters():
+        if name.endswith(("attn_gate", "ff_gate")):
+            parameter.data.fill_(1.0)
+        elif name.endswith("to_out.weight"):
+            parameter.data.mul_(8.0)
+
+
+def generate_with_infimm(degrees: dict[str, Any]) -> dict[str, list[list[int]]]:
+    model, run, groups = start(GOLDEN, degrees)
+    open_gates(model)
+    prompts = infimm_prompts(run)
+    calls: list[int] = []
+    assert model.tower is not None
+    model.tower.register_forward_hook(lambda *_: calls.append(1))
+    cached = generate(model, run, groups, prompts, GREEDY)
+    assert len(calls) == 1, "the tower runs once"
+    made = {
+        "cached": cached,
+        "alone": [generate(model, run, groups, [prompt], GREEDY)[0] for prompt in prompts],
+        "uncached": [without_cache(model, run, groups, prompt) for prompt in prompts],
+        "blank": generate(model, run, groups, infimm_prompts(run, blank_images=True), GREEDY),
+    }
+    return made
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_infimm_with_a_cache_says_what_it_says_without(layout: str) -> None:
+    world_size, degrees = LAYOUTS[layout]
+    for rank in spawn(generate_with_infimm, world_size, degrees):
+        assert rank["cached"] == rank["uncached"]
+        assert rank["cached"] == rank["alone"]
+        interleaved, text_alone, other = (
+            mine == blank for mine, blank in zip(rank["cached"], rank["blank"], strict=True)
+        )
+        assert (interleaved, text_alone, other) == (False, True, False), "images must matter where there are any"
