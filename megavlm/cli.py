@@ -15,6 +15,7 @@ from megavlm.log import quiet_third_parties
 COMMANDS: dict[str, tuple[str, str]] = {
     "recipes": ("list the runs known by name, or print one fully resolved", "megavlm.commands:recipes"),
     "train": ("train a recipe, alone or under torchrun", "megavlm.commands:train"),
+    "generate": ("go on with a text and its images, alone or under torchrun", "megavlm.commands:generate"),
     "doctor": ("what is installed, what is wrong, what this machine can run", "megavlm.platform.doctor:main"),
 }
 """Name -> (one line of help, `module:function`); the function takes the arguments and returns the exit code."""

@@ -7,6 +7,7 @@ import os
 from megavlm.build.run_config import check_for_world
 from megavlm.errors import ConfigError
 from megavlm.export.hf_export import export_model
+from megavlm.infer.ask import GenerateConfig, answer_question, read_question
 from megavlm.log import get_logger, setup_logging
 from megavlm.options import parse_options
 from megavlm.parallel import groups as process_groups
@@ -59,3 +60,19 @@ def _train(name: str, *options: str) -> None:
     if run.weights.export_hf is not None:
         export_model(model, run, groups, run.weights.export_hf, tokenizer_from=run.weights.load_hf)
         logger.info("exported to %s", run.weights.export_hf)
+
+
+def generate(arguments: list[str]) -> int:
+    """`megavlm generate --hf DIR --prompt TEXT [--image FILE ...]`, alone or on every rank of torchrun."""
+    try:
+        world_size = process_groups.join()
+        setup_logging(int(os.environ.get("RANK", "0")), world_size)
+        with agreed():
+            question = read_question(parse_options(GenerateConfig(), arguments, "megavlm generate"), world_size)
+        groups = process_groups.start(question.run.parallel)
+        answer = answer_question(question, groups)
+        if groups.rank == 0:
+            print(answer, flush=True)
+    finally:
+        process_groups.leave()
+    return 0

@@ -80,7 +80,9 @@ def quiet_third_parties() -> None:
     """Keep from the user what other packages say to developers; `megavlm doctor` says what is missing here.
 
     megatron-core warns on import of each fused part that is not installed, torch of renamed collectives, and the RNG
-    tracker says at each layer that the CPU generator moved, which on a CPU is what it is for.
+    tracker says at each layer that the CPU generator moved, which on a CPU is what it is for. transformers warns of a
+    model type that it does not know when it reads no more than the tokenizer beside it.
     """
     warnings.filterwarnings("ignore", module=r"(megatron|torch)\b")
     logging.getLogger("megatron.core.tensor_parallel.random").setLevel(logging.ERROR)
+    logging.getLogger("transformers.configuration_utils").setLevel(logging.ERROR)

@@ -5,20 +5,17 @@ One spawn a layout runs all models. The references of transformers are computed 
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import transformers
-from torch import Tensor
 
 from megavlm.batch import Media, TextBatch, next_token_batch, preceding_images
 from megavlm.build.from_folder import run_from_folder
 from megavlm.build.model import Model, build_model
-from megavlm.build.run_config import ParallelConfig, PrecisionConfig, RunConfig, WeightsConfig, check_for_world
-from megavlm.errors import MegavlmError
+from megavlm.build.run_config import ParallelConfig, PrecisionConfig, RunConfig, check_for_world
 from megavlm.infer.generate import Prompt, generate
 from megavlm.infer.logits import compute_logits
 from megavlm.infer.sampling import SamplingConfig

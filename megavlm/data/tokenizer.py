@@ -1,0 +1,76 @@
+"""The tokenizer of a Hugging Face folder: text to tokens and back, and the folder's chat format."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoTokenizer
+
+from megavlm.errors import DataError, WeightsError
+
+IMAGE_TAG = "<image>"
+_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
+
+
+class Tokenizer:
+    """What reading and writing text needs of transformers' tokenizers."""
+
+    def __init__(self, folder: str | Path) -> None:
+        folder = Path(folder)
+        where = "tokenizer of"
+        if not any((folder / name).is_file() for name in _FILES):
+            problem = f"the folder holds none of {', '.join(_FILES)}"
+            raise WeightsError(where, str(folder), problem, "copy the files of the model's tokenizer into it")
+        try:
+            # Never code from the folder.
+            self._tokenizer: Any = AutoTokenizer.from_pretrained(
+                str(folder), local_files_only=True, trust_remote_code=False
+            )
+        except (OSError, ValueError, TypeError, KeyError) as error:
+            raise WeightsError(
+                where, str(folder), f"cannot be read: {_first_line(error)}", "copy its files again"
+            ) from error
+        self.folder = folder
+
+    def encode(self, text: str) -> list[int]:
+        """The tokens of a text, with those that the tokenizer sets around each (a beginning, as a rule)."""
+        tokens: list[int] = self._tokenizer(text)["input_ids"]
+        return tokens
+
+    def encode_question(self, question: str) -> list[int]:
+        """The tokens of a conversation that ends with this question, in the folder's chat format."""
+        if not self._tokenizer.chat_template:
+            raise DataError(
+                "--chat", str(self.folder), "the folder has no chat format", "leave out --chat, or add a chat_template"
+            )
+        text: str = self._tokenizer.apply_chat_template(
+            [{"role": "user", "content": self._content(question)}], tokenize=False, add_generation_prompt=True
+        )
+        # Formats that write the beginning themselves must not get a second one.
+        bos = self._tokenizer.bos_token
+        return self.encode(text.removeprefix(bos) if bos else text)
+
+    def _content(self, question: str) -> str | list[dict[str, str]]:
+        """Plain text; with images in it, a list of parts."""
+        if IMAGE_TAG not in question:
+            return question
+        parts: list[dict[str, str]] = []
+        for number, text in enumerate(question.split(IMAGE_TAG)):
+            parts += [{"type": "image"}] if number else []
+            parts += [{"type": "text", "text": text}] if text else []
+        return parts
+
+    def decode(self, tokens: list[int]) -> str:
+        """The text of these tokens, special ones left out."""
+        text: str = self._tokenizer.decode(tokens, skip_special_tokens=True)
+        return text
+
+    def token_of(self, word: str) -> int | None:
+        """The one token that stands for a word, where there is one."""
+        found = self._tokenizer.get_vocab().get(word)
+        return None if found is None else int(found)
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -1,0 +1,88 @@
+"""One question to a Hugging Face folder: the settings of `megavlm generate`, and what they come to."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from typing import Literal
+
+from megavlm.build.from_folder import run_from_folder
+from megavlm.build.model import build_model
+from megavlm.build.run_config import ParallelConfig, PrecisionConfig, RunConfig
+from megavlm.checkpoint.hf_folder import HFFolder
+from megavlm.config import Config, option
+from megavlm.data.tokenizer import Tokenizer
+from megavlm.errors import ConfigError
+from megavlm.infer.generate import Prompt, check_generation, generate
+from megavlm.infer.prompt import read_prompt
+from megavlm.infer.sampling import SamplingConfig
+from megavlm.parallel.groups import Groups
+from megavlm.parallel.layout import check_layout
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerateConfig(Config):
+    """What is asked."""
+
+    hf: str = ""
+    """Hugging Face folder of the model, with its tokenizer."""
+    prompt: str = ""
+    """The text to go on with; `<image>` where an image belongs."""
+    image: tuple[str, ...] = ()
+    """Picture files, in the order of the tags."""
+    chat: bool = False
+    """Ask the prompt as a question, in the folder's chat format."""
+    json: bool = False
+    """Print one line of JSON: text, token_ids, prompt_token_ids."""
+    params_dtype: Literal["float32", "bfloat16"] | None = option(None, name="--params-dtype")
+    """Number format of weights and activations; none: float32 if that is the folder's, else bfloat16."""
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    """Length of the answer and choice of its tokens."""
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    """Degrees of parallelism; pipeline stages are refused, and sequence parallelism is left out."""
+
+
+@dataclass(frozen=True)
+class Question:
+    """A checked question, before any weight is read."""
+
+    config: GenerateConfig
+    run: RunConfig
+    tokenizer: Tokenizer
+    prompt: Prompt
+
+
+def read_question(config: GenerateConfig, world_size: int) -> Question:
+    """Find all that is wrong with the question, its images, the folder and the layout."""
+    for name, value in (("--hf", config.hf), ("--prompt", config.prompt)):
+        if not value:
+            raise ConfigError(name, value, "is missing", "write megavlm generate --hf FOLDER --prompt TEXT")
+    run = run_from_folder(config.hf)
+    run = run.replace(
+        parallel=config.parallel.replace(sequence_parallel=False),
+        precision=PrecisionConfig(params_dtype=config.params_dtype or _dtype_of(config.hf)),
+    )
+    check_layout(run.parallel, run.decoder, world_size)
+    tokenizer = Tokenizer(config.hf)
+    prompt = read_prompt(config.prompt, config.image, run, tokenizer, config.chat)
+    check_generation(run, [prompt], config.sampling)
+    return Question(config, run, tokenizer, prompt)
+
+
+def answer_question(question: Question, groups: Groups) -> str:
+    """The line or lines to print, the same on every rank."""
+    model = build_model(question.run, groups)
+    (tokens,) = generate(model, question.run, groups, [question.prompt], question.config.sampling)
+    text = question.tokenizer.decode(tokens)
+    if not question.config.json:
+        return text
+    return json.dumps(
+        {"text": text, "token_ids": tokens, "prompt_token_ids": question.prompt.tokens.tolist()}, ensure_ascii=False
+    )
+
+
+def _dtype_of(path: str) -> Literal["float32", "bfloat16"]:
+    with HFFolder.open(path) as folder:
+        # transformers 5 writes `dtype`, older ones `torch_dtype`.
+        found = folder.config.get("dtype", folder.config.get("torch_dtype"))
+    return "float32" if found == "float32" else "bfloat16"
