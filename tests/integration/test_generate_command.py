@@ -121,7 +121,7 @@ def test_mistakes_end_in_one_line(folder: Path, images: list[str], tmp_path: Pat
             ["tokenizer of", "cannot be read", "copy its files again"],
         ),
         (
-            lambda folder: write_tokenizer(folder, **{"<image>": 125}),
+            lambda folder: write_tokenizer(folder, image_token_id=125),
             [],
             ["token of <image>", "= 125", "config.json says 127", "one folder"],
         ),

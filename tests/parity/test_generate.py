@@ -16,6 +16,7 @@ from megavlm.batch import Media, TextBatch, next_token_batch, preceding_images
 from megavlm.build.from_folder import run_from_folder
 from megavlm.build.model import Model, build_model
 from megavlm.build.run_config import ParallelConfig, PrecisionConfig, RunConfig, check_for_world
+from megavlm.errors import MegavlmError
 from megavlm.infer.generate import Prompt, generate
 from megavlm.infer.logits import compute_logits
 from megavlm.infer.sampling import SamplingConfig
@@ -236,3 +237,59 @@ def test_infimm_with_a_cache_says_what_it_says_without(layout: str) -> None:
             mine == blank for mine, blank in zip(rank["cached"], rank["blank"], strict=True)
         )
         assert (interleaved, text_alone, other) == (False, True, False), "images must matter where there are any"
+
+
+# --- mistakes -------------------------------------------------------------------------------------------------------
+
+
+def refused_prompts(folder: Path) -> list[str]:
+    model, run, groups = start(folder, {})
+    five = torch.arange(5)
+    refused: list[tuple[RunConfig, Prompt, SamplingConfig]] = [
+        (run, Prompt(five[:0]), GREEDY),
+        (run, Prompt(five), GREEDY.replace(max_new_tokens=60)),
+        (run, Prompt(five + VOCABULARY - 3), GREEDY),
+        (run, Prompt(five, images=1), GREEDY),
+        (run.replace(parallel=ParallelConfig(pipeline_model_parallel_size=2)), Prompt(five), GREEDY),
+        (
+            run.replace(parallel=ParallelConfig(tensor_model_parallel_size=2, sequence_parallel=True)),
+            Prompt(five),
+            GREEDY,
+        ),
+    ]
+    messages = []
+    for its_run, prompt, settings in refused:
+        with pytest.raises(MegavlmError) as caught:
+            generate(model, its_run, groups, [prompt], settings)
+        messages.append(str(caught.value))
+    return messages
+
+
+def test_prompts_and_layouts_that_do_not_fit(folders: dict[str, tuple[Path, list[list[int]]]]) -> None:
+    (messages,) = spawn(refused_prompts, 1, folders["llama"][0])
+    assert messages == [
+        "prompt 0: tokens = 0: there is nothing to go on with; write at least one word",
+        "max_new_tokens = 60: with the 5 tokens of prompt 0 goes beyond the decoder's 64 positions; use at most 59",
+        "prompt 0: token = 102: the decoder has 101 tokens; take the tokenizer of the model's own folder",
+        "prompt 0: images = 1: the model is a decoder alone; leave the images out",
+        "parallel.pipeline_model_parallel_size = 2: text is not generated through pipeline stages; "
+        "use tensor parallelism instead (--tensor-model-parallel-size)",
+        "parallel.sequence_parallel = True: a single token does not divide over ranks; "
+        "build the model that generates without it",
+    ]
+
+
+def image_without_a_tag() -> str:
+    model, run, groups = start(GOLDEN, {})
+    (_, text_alone, _) = infimm_prompts(run)
+    assert run.infimm is not None
+    tower = run.infimm.tower
+    prompt = Prompt(text_alone.tokens, 1, torch.zeros(tower.patches, 3 * tower.patch_size**2))
+    with pytest.raises(MegavlmError) as caught:
+        generate(model, run, groups, [prompt], GREEDY)
+    return str(caught.value)
+
+
+def test_an_image_without_a_tag_is_refused() -> None:
+    (message,) = spawn(image_without_a_tag, 1)
+    assert message == "sample 0: tags of images = 0: 1 images come with it; use one tag for each image"

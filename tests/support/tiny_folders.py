@@ -9,7 +9,7 @@ from pathlib import Path
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-SPECIAL = {"<unk>": 0, "<s>": 1, "</s>": 2, "<|endofchunk|>": 126, "<image>": 127}
+SPECIAL = {"<unk>": 0, "<s>": 1, "</s>": 2, "<|endofchunk|>": 126}
 CHAT_TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}{{ message['role'] }}:"
     "{% if message['content'] is string %}{{ message['content'] }}{% else %}"
@@ -19,9 +19,9 @@ CHAT_TEMPLATE = (
 )
 
 
-def write_tokenizer(folder: Path, chat_template: str | None = CHAT_TEMPLATE, **special: int) -> None:
-    """One token a printable ASCII character, and those of `SPECIAL`: 128 in all, as the fixture's model has."""
-    tokens = {**SPECIAL, **special}
+def write_tokenizer(folder: Path, chat_template: str | None = CHAT_TEMPLATE, image_token_id: int = 127) -> None:
+    """One token a printable ASCII character, and `SPECIAL` and the tag: the 128 of the fixture's model."""
+    tokens = {**SPECIAL, "<image>": image_token_id}
     letters = [character for character in string.printable if character.isprintable()]
     free = (number for number in range(128) if number not in tokens.values())
     words = {**tokens, **dict(zip(letters, free, strict=False))}
