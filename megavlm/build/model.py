@@ -14,6 +14,7 @@ from megavlm.build.run_config import RunConfig
 from megavlm.checkpoint.fresh import FreshWeights
 from megavlm.checkpoint.hf_folder import HFFolder
 from megavlm.checkpoint.hf_import import WeightSource, check_folder, load_weights
+from megavlm.checkpoint.sources import AliasedWeights
 from megavlm.errors import WeightsError
 from megavlm.model.backend import is_transformer_engine, spec_provider
 from megavlm.model.decoder.config import DecoderConfig
@@ -106,8 +107,9 @@ def _fill(model: Model, run: RunConfig, groups: Groups) -> None:
         if run.weights.load_hf is None:
             source = FreshWeights(state_map, run.train.seed, run.decoder.init_method_std)
         else:
-            source = files.enter_context(HFFolder.open(run.weights.load_hf))
-            _check_config(source, run)
+            folder = files.enter_context(HFFolder.open(run.weights.load_hf))
+            _check_config(folder, run)
+            source = AliasedWeights(folder, state_map.aliases, run.weights.load_hf)
         check_folder(source, state_map, run.weights.load_hf or "fresh weights")
         load_weights(model.parts(), source, state_map, groups.tensor_rank, groups.collection.tp.size())
 

@@ -56,7 +56,7 @@ def export_model(
     dist.all_gather_object(parts, part)
     with agreed():
         if groups.rank == 0:
-            extra = {**_family_files(run), **_tokenizer_files(tokenizer_from)}
+            extra = {**_family_files(run), **tokenizer_files(tokenizer_from)}
             finish(staging_path(folder), folder, [p for p in parts if p is not None], extra, overwrite)
 
 
@@ -120,7 +120,8 @@ def _family_files(run: RunConfig) -> dict[str, bytes]:
     return {"config.json": (json.dumps(run.decoder.to_hf(dtype), indent=2) + "\n").encode()}
 
 
-def _tokenizer_files(folder: str | Path | None) -> dict[str, bytes]:
+def tokenizer_files(folder: str | Path | None) -> dict[str, bytes]:
+    """What the folder holds beside weights and config.json, to go along with them."""
     if folder is None:
         return {}
     return {name: (Path(folder) / name).read_bytes() for name in _TOKENIZER_FILES if (Path(folder) / name).is_file()}
