@@ -6,16 +6,13 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from megatron.core.distributed import (
-    DistributedDataParallel,
-    DistributedDataParallelConfig,
-    finalize_model_grads,
-)
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.optimizer import MegatronOptimizer, get_megatron_optimizer
 from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
 from megatron.core.transformer.module import MegatronModule
 
 from megavlm.config import Config, option, require
+from megavlm.parallel.vision_parallel import finalize_with_vision
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,7 +104,7 @@ def wrap_data_parallel(chunks: list[MegatronModule], config: DataParallelConfig)
 def _connect(wrapped: list[DistributedDataParallel], config: DataParallelConfig) -> None:
     """Tell the schedules (through the chunks' shared TransformerConfig) how gradients and parameters are synced."""
     transformer = wrapped[0].config
-    transformer.finalize_model_grads_func = finalize_model_grads
+    transformer.finalize_model_grads_func = finalize_with_vision(wrapped[0].tp_group)
 
     def one_or_all(functions: list[Any]) -> Any:
         return functions[0] if len(functions) == 1 else functions
