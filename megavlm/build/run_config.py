@@ -11,7 +11,7 @@ from megavlm.model.decoder.config import DecoderConfig
 from megavlm.model.freeze import Part
 from megavlm.model.infimm.config import InfiMMConfig
 from megavlm.model.precision import PrecisionConfig
-from megavlm.parallel.layout import ParallelConfig, check_layout
+from megavlm.parallel.layout import ParallelConfig, check_layout, nearest_degrees
 from megavlm.parallel.recompute import RecomputeConfig
 from megavlm.parallel.wrap import DataParallelConfig, OptimizerConfig
 
@@ -122,6 +122,14 @@ def check_for_world(run: RunConfig, world_size: int) -> None:
     """Refuse a run that cannot be laid out over `world_size` processes."""
     check_layout(run.parallel, run.decoder, world_size)
     tensor = run.parallel.tensor_model_parallel_size
+    if run.infimm is not None and run.infimm.cross_attention.heads % tensor:
+        heads = run.infimm.cross_attention.heads
+        raise LayoutError(
+            "parallel.tensor_model_parallel_size",
+            tensor,
+            f"does not divide the {heads} heads of the gated cross-attention",
+            f"use {' or '.join(map(str, nearest_degrees(tensor, lambda degree: heads % degree == 0)))}",
+        )
     if run.parallel.sequence_parallel and run.train.seq_length % tensor:
         raise LayoutError(
             "train.seq_length",
