@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-import torch
 from torch import nn
 
 from megavlm.build.run_config import RunConfig
@@ -20,6 +19,7 @@ from megavlm.model.backend import is_transformer_engine, spec_provider
 from megavlm.model.decoder.config import DecoderConfig
 from megavlm.model.decoder.model import Decoder, build_decoder
 from megavlm.model.decoder.state_map import decoder_state_map
+from megavlm.model.empty import build_empty
 from megavlm.model.freeze import freeze_all_but
 from megavlm.model.infimm.config import infimm_from_hf
 from megavlm.model.infimm.model import build_infimm
@@ -95,9 +95,9 @@ def _transformer_fields(run: RunConfig, engine: bool) -> dict[str, Any]:
 def _build_tower(run: RunConfig, groups: Groups) -> nn.Module | None:
     if run.infimm is None:
         return None
-    with torch.device(groups.device):
-        tower = EvaTower(run.infimm.tower)
-    return tower.to(run.precision.dtype).requires_grad_(False).eval()
+    settings = run.infimm.tower
+    tower = build_empty(lambda: EvaTower(settings), groups.device, run.precision.dtype)
+    return tower.requires_grad_(False).eval()
 
 
 def _fill(model: Model, run: RunConfig, groups: Groups) -> None:
