@@ -1,1 +1,1 @@
-"""Data files: the code that an exported InfiMM folder carries, to be run by transformers and imported by nobody here."""
+"""Data files: code that an exported InfiMM folder carries, run by transformers and imported by nobody here."""

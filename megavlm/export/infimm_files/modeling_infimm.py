@@ -352,9 +352,7 @@ def media_view(media: Media, text_time: Tensor) -> MediaView:
     image_of_latent = torch.arange(1, images + 1, device=text_time.device).repeat_interleave(LATENTS)
     text_time = text_time.unsqueeze(-1)
     mask = (text_time == image_of_latent) | (text_time == 0)
-    return MediaView(
-        media, mask.unsqueeze(1), (text_time > 0).to(dtype), (media.counts > 0).to(dtype).view(-1, 1, 1)
-    )
+    return MediaView(media, mask.unsqueeze(1), (text_time > 0).to(dtype), (media.counts > 0).to(dtype).view(-1, 1, 1))
 
 
 def _length(cache: Any) -> int:

@@ -57,9 +57,7 @@ class InfiMMProcessor(ProcessorMixin):
                     f"text {i} has {one.count(IMAGE_TOKEN)} {IMAGE_TOKEN} tokens and {len(its_pictures)} images: "
                     f"write {IMAGE_TOKEN} once for each image"
                 )
-        encoded = self.tokenizer(
-            texts, return_tensors="pt", padding=padding, padding_side=padding_side, **text_kwargs
-        )
+        encoded = self.tokenizer(texts, return_tensors="pt", padding=padding, padding_side=padding_side, **text_kwargs)
         self._check_nothing_was_cut(encoded["input_ids"], pictures)
         pixels = self._pixel_values(pictures)
         return BatchFeature({**encoded, **({} if pixels is None else {"pixel_values": pixels})})
