@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -115,7 +116,7 @@ def test_the_tower_trains_when_asked(folder: Path) -> None:
     model.model.vision_encoder.requires_grad_(True)
     ids = prompt(6, image_at=(1,))
     model(input_ids=ids, images=random_pixels(1, 1), labels=ids).loss.backward()
-    assert model.model.vision_encoder.patch_embed["proj"].weight.grad.norm() > 0
+    assert model.model.vision_encoder.patch_embed.proj.weight.grad.norm() > 0
 
 
 @pytest.mark.parametrize("kind", ["L", "g", "E"])
@@ -206,7 +207,7 @@ def test_each_token_sees_the_image_before_it(model: Any) -> None:
     ids, images = prompt(12, image_at=(3, 7)), random_pixels(1, 2)
     other = torch.cat([random_pixels(1, 1, seed=5), images[:, 1:]], dim=1)
     gated = model.model.lang_encoder.model.layers[1].gated_cross_attn_layer
-    before, after = (recorded(gated.attn, lambda i=i: model(input_ids=ids, images=i))[0][0] for i in (images, other))
+    before, after = (recorded(gated.attn, partial(model, input_ids=ids, images=i))[0][0] for i in (images, other))
     assert torch.equal(before[:3], torch.zeros_like(before[:3]))
     assert (before[3:7] - after[3:7]).abs().amax(dim=-1).min() > 1e-3
     assert torch.equal(before[7:], after[7:])
@@ -318,20 +319,10 @@ def test_images_are_encoded_once_and_projected_once(model: Any) -> None:
     _, _, batch = ragged_batch()
     tower = model.model.vision_encoder
     to_kv = model.model.lang_encoder.model.layers[1].gated_cross_attn_layer.attn.to_kv
-    for how in ({}, {"num_beams": 4}, {"use_cache": False}, {"do_sample": True, "num_return_sequences": 2}):
-        (features,) = recorded(
-            tower,
-            lambda how=how: model.generate(
-                input_ids=batch["ids"],
-                pixel_values=batch["pixel_values"],
-                attention_mask=batch["attention_mask"],
-                max_new_tokens=4,
-                eos_token_id=-1,
-                pad_token_id=PAD,
-                **how,
-            ),
-        )
-        assert features.size(0) == 3, "three real images, and none for padding or beams"
+    ways: list[dict[str, Any]] = [{}, {"num_beams": 3}, {"use_cache": False}, {"num_beams": 2, "do_sample": True}]
+    for how in ways:
+        (features,) = recorded(tower, partial(generated, model, **batch, **how))
+        assert features.size(0) == 3, "the real images, and none for padding or beams"
     assert len(recorded(to_kv, lambda: generated(model, **batch))) == 1
 
 
@@ -372,6 +363,28 @@ def test_an_image_tag_of_the_models_own_shows_nothing_new(model: Any) -> None:
     assert (with_cache[0] == IMAGE).any()
     assert torch.equal(with_cache[0], without_cache[0])
     assert_logits_close(with_cache[1], without_cache[1], 1e-5)
+
+
+def test_bfloat16_stays_near(folder: Path, cases: dict[str, Tensor]) -> None:
+    model = load(folder, dtype=torch.bfloat16).eval()
+    ids, images = cases["one_image.input_ids"], cases["one_image.images"]
+    with torch.no_grad():
+        logits = model(input_ids=ids, images=images).logits
+    assert logits.dtype == torch.bfloat16
+    assert_logits_close(logits, cases["one_image.logits"], 0.1)
+    assert generated(model, ids, images=images)[0].shape == (2, STEPS)
+
+
+def test_gradient_checkpointing_changes_nothing(folder: Path, cases: dict[str, Tensor]) -> None:
+    inputs = {name: cases[f"training_step.{name}"] for name in ("input_ids", "images", "labels")}
+    gradients = []
+    for checkpointing in (False, True):
+        model = load(folder).train()
+        if checkpointing:
+            model.gradient_checkpointing_enable()
+        model(**inputs, use_cache=False).loss.backward()
+        gradients.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
+    assert_gradients_close(gradients[1], gradients[0], 1e-6)
 
 
 # --- as a user does it ----------------------------------------------------------------------------------------------

@@ -138,7 +138,7 @@ class Flamingo(nn.Module):
 class InfiMMModel(PreTrainedModel, GenerationMixin):
     """What the three models share. The vision tower is frozen; to train it, set its parameters' `requires_grad`."""
 
-    config_class = InfiMMConfig
+    config_class: type[InfiMMConfig] = InfiMMConfig
     base_model_prefix = "model"
     main_input_name = "input_ids"
     supports_gradient_checkpointing = True
@@ -215,14 +215,13 @@ class InfiMMModel(PreTrainedModel, GenerationMixin):
 
         A step behind a filled cache sees the images of the cached prompt; its tokens see the last one.
         """
-        if _length(past_key_values):
+        is_step = _length(past_key_values) > 0
+        if is_step:
             media = getattr(past_key_values, "infimm_media", None)
-            text_time = None if media is None else media.counts[:, None].expand(input_ids.shape)
         else:
             pixels = self._image_batch(images, pixel_values, len(input_ids))
             media = self._media(input_ids, pixels, media_latents, images_per_sample)
-            text_time = None if media is None else self._text_time(input_ids, media.counts)
-        view = None if media is None else media_view(media, text_time)
+        view = None if media is None else self._view(media, input_ids, is_step)
         outputs = self.model.lang_encoder.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -318,14 +317,24 @@ class InfiMMModel(PreTrainedModel, GenerationMixin):
                 f"sample {int(counts.argmax())} has {most} <image> tokens and {supplied} images: "
                 "pass one image for each of its <image> tokens"
             )
-        if most == 0:
+        if most == 0 or given is None:
             return None
-        return Media(self.encode_images(pixels, counts) if latents is None else latents, counts)
+        return Media(self.encode_images(given, counts) if latents is None else given, counts)
 
-    def _text_time(self, input_ids: Tensor, counts: Tensor) -> Tensor:
-        """[B, T]: which image each token sees, counted from 1; 0 before the first."""
-        seen = (input_ids == self.config.image_token_id).cumsum(dim=1)
-        return torch.minimum(seen, counts[:, None])
+    def _view(self, media: Media, input_ids: Tensor, is_step: bool) -> MediaView:
+        """What the tokens see; behind a cached prompt all see its last image."""
+        counts, images = media.counts[:, None], media.latents.size(1)
+        if is_step:
+            text_time = counts.expand(input_ids.shape)
+        else:
+            text_time = torch.minimum((input_ids == self.config.image_token_id).cumsum(dim=1), counts)
+        image_of_latent = torch.arange(1, images + 1, device=text_time.device).repeat_interleave(LATENTS)
+        text_time = text_time.unsqueeze(-1)
+        mask = (text_time == image_of_latent) | (text_time == 0)
+        as_factor = media.latents.dtype
+        return MediaView(
+            media, mask.unsqueeze(1), (text_time > 0).to(as_factor), (counts > 0).unsqueeze(-1).to(as_factor)
+        )
 
 
 class InfiMMZephyrModel(InfiMMModel):
@@ -344,15 +353,6 @@ class InfiMMLlamaModel(InfiMMModel):
     """InfiMM-Llama2-13B."""
 
     config_class = InfiMMLlamaConfig
-
-
-def media_view(media: Media, text_time: Tensor) -> MediaView:
-    """What each token may look at, given which image it sees [B, T] (counted from 1; 0: none)."""
-    images, dtype = media.latents.size(1), media.latents.dtype
-    image_of_latent = torch.arange(1, images + 1, device=text_time.device).repeat_interleave(LATENTS)
-    text_time = text_time.unsqueeze(-1)
-    mask = (text_time == image_of_latent) | (text_time == 0)
-    return MediaView(media, mask.unsqueeze(1), (text_time > 0).to(dtype), (media.counts > 0).to(dtype).view(-1, 1, 1))
 
 
 def _length(cache: Any) -> int:

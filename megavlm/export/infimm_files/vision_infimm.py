@@ -33,15 +33,14 @@ class EvaTower(nn.Module):
         self.grid = visual["image_size"] // patch
         self.cls_token = nn.Parameter(torch.zeros(1, 1, width))
         self.pos_embed = nn.Parameter(torch.zeros(1, 1 + self.grid**2, width))
-        self.patch_embed = nn.ModuleDict({"proj": nn.Conv2d(3, width, patch, patch)})
+        self.patch_embed = PatchEmbedding(width, patch)
         self.blocks = nn.ModuleList(EvaBlock(visual) for _ in range(visual["layers"]))
         self.norm = nn.LayerNorm(width, TOWER_NORM_EPSILON)
         self.head = nn.Linear(width, visual["embed_dim"])
 
     def forward(self, pixels: Tensor) -> Tensor:
         """[n, 3, size, size] -> [n, t, D]."""
-        proj = self.patch_embed["proj"]
-        patches = proj(pixels.to(proj.weight.dtype)).flatten(2).transpose(1, 2)
+        patches = self.patch_embed(pixels)
         x = torch.cat([self.cls_token.expand(len(patches), -1, -1), patches], dim=1) + self.pos_embed
         rope = self.rope_table(pixels.device) if self.visual.get("rope") else None
         for block in self.blocks:
@@ -62,6 +61,17 @@ class EvaTower(nn.Module):
         by_column = angles[None].expand(self.grid, -1, -1)
         angles = F.pad(torch.cat([by_row, by_column], dim=-1).flatten(0, 1), (0, 0, 1, 0))
         return angles.cos(), angles.sin()
+
+
+class PatchEmbedding(nn.Module):
+    """A token for each patch, row by row."""
+
+    def __init__(self, width: int, patch: int) -> None:
+        super().__init__()
+        self.proj = nn.Conv2d(3, width, patch, patch)
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        return self.proj(pixels.to(self.proj.weight.dtype)).flatten(2).transpose(1, 2)
 
 
 class EvaBlock(nn.Module):
@@ -150,18 +160,26 @@ class PerceiverResampler(nn.Module):
     def __init__(self, width: int) -> None:
         super().__init__()
         self.latents = nn.Parameter(torch.randn(LATENTS, width))
-        self.layers = nn.ModuleList(
-            nn.ModuleList([PerceiverAttention(width), feed_forward(width)]) for _ in range(RESAMPLER_LAYERS)
-        )
+        self.layers = nn.ModuleList(PerceiverLayer(width) for _ in range(RESAMPLER_LAYERS))
         self.norm = nn.LayerNorm(width)
 
     def forward(self, features: Tensor) -> Tensor:
         """[n, t, D] -> [n, l, D]."""
         latents = self.latents.expand(len(features), -1, -1)
-        for attention, forward in self.layers:
-            latents = latents + attention(features, latents)
-            latents = latents + forward(latents)
+        for layer in self.layers:
+            latents = layer(features, latents)
         return self.norm(latents)
+
+
+class PerceiverLayer(nn.ModuleList):
+    """Attention and feed-forward; a list, because the released weights number the two."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__([PerceiverAttention(width), feed_forward(width)])
+
+    def forward(self, features: Tensor, latents: Tensor) -> Tensor:
+        latents = latents + self[0](features, latents)
+        return latents + self[1](latents)
 
 
 class PerceiverAttention(nn.Module):
