@@ -6,7 +6,6 @@ The gates start at zero, so what the new model says to text is what its decoder 
 from __future__ import annotations
 
 import contextlib
-import json
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -19,10 +18,11 @@ from megavlm.checkpoint.hf_import import WeightSource, check_folder
 from megavlm.checkpoint.hf_writer import HFWriter, finish
 from megavlm.checkpoint.sources import AliasedWeights, ComposedWeights
 from megavlm.export.hf_export import tokenizer_files
+from megavlm.export.infimm_folder import infimm_family_files
 from megavlm.model.cross_attention import CrossAttentionConfig
 from megavlm.model.decoder.config import DecoderConfig
 from megavlm.model.decoder.state_map import decoder_state_map
-from megavlm.model.infimm.config import InfiMMConfig, infimm_from_hf, infimm_to_hf
+from megavlm.model.infimm.config import InfiMMConfig, infimm_from_hf
 from megavlm.model.infimm.state_map import infimm_state_map, released_name
 from megavlm.model.resampler import ResamplerConfig
 from megavlm.model.state_map import StateMap
@@ -68,8 +68,7 @@ def assemble_infimm(
             },
             growing=frozenset(map(released_name, ("model.embed_tokens.weight", "lm_head.weight"))),
         )
-        config = infimm_to_hf(decoder, parts, str(dtype).removeprefix("torch."))
-        write_folder(source, whole, out, dtype, {"config.json": _json(config), **tokenizer_files(language)})
+        write_folder(source, whole, out, dtype, _files(decoder, parts, dtype, language))
 
 
 def normalise_infimm(released: str | Path, out: str | Path, dtype: torch.dtype) -> None:
@@ -79,7 +78,7 @@ def normalise_infimm(released: str | Path, out: str | Path, dtype: torch.dtype) 
         whole = infimm_state_map(decoder, parts)
         source = AliasedWeights(folder, whole.aliases, str(released))
         check_folder(source, whole, str(released))
-        write_folder(source, whole, out, dtype, {"config.json": _json(folder.config), **tokenizer_files(released)})
+        write_folder(source, whole, out, dtype, _files(decoder, parts, dtype, released))
 
 
 def write_folder(
@@ -102,5 +101,8 @@ def _same_tower(
     return {ours: (eyes, theirs) for ours, theirs in zip(released, tower_map.folder_shapes(), strict=True)}
 
 
-def _json(config: Mapping[str, object]) -> bytes:
-    return (json.dumps(config, indent=2) + "\n").encode()
+def _files(
+    decoder: DecoderConfig, parts: InfiMMConfig, dtype: torch.dtype, tokenizer_from: str | Path
+) -> dict[str, bytes]:
+    name = str(dtype).removeprefix("torch.")
+    return {**tokenizer_files(tokenizer_from), **infimm_family_files(decoder, parts, name)}

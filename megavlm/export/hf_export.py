@@ -20,6 +20,7 @@ from megavlm.build.run_config import RunConfig
 from megavlm.checkpoint.atomic import open_staging, staging_path
 from megavlm.checkpoint.hf_import import named_parameters
 from megavlm.checkpoint.hf_writer import HFWriter, PartIndex, finish
+from megavlm.export.infimm_folder import infimm_family_files
 from megavlm.model.state_map import Entry, StateMap
 from megavlm.parallel.agree import agreed
 from megavlm.parallel.groups import Groups
@@ -56,7 +57,7 @@ def export_model(
     dist.all_gather_object(parts, part)
     with agreed():
         if groups.rank == 0:
-            extra = {**_family_files(run), **tokenizer_files(tokenizer_from)}
+            extra = {**tokenizer_files(tokenizer_from), **_family_files(run)}
             finish(staging_path(folder), folder, [p for p in parts if p is not None], extra, overwrite)
 
 
@@ -116,7 +117,8 @@ def _take_apart(whole: Tensor, entry: Entry, state_map: StateMap, tensor_size: i
 def _family_files(run: RunConfig) -> dict[str, bytes]:
     """config.json, and the code that a family brings along."""
     dtype = str(run.precision.dtype).removeprefix("torch.")
-    assert run.infimm is None, "the files of InfiMM come with its exporter"
+    if run.infimm is not None:
+        return infimm_family_files(run.decoder, run.infimm, dtype)
     return {"config.json": (json.dumps(run.decoder.to_hf(dtype), indent=2) + "\n").encode()}
 
 
