@@ -13,11 +13,12 @@ from typing import Any
 import pytest
 import torch
 from eva_cases import TINY, loaded_tower, random_images, released_state
-from infimm_hf import GOLDEN, MODEL_TYPES, golden_config, golden_folder, load, offline, write_folder
+from infimm_hf import GOLDEN, MODEL_TYPES, golden_config, golden_folder, load, offline, visual_settings, write_folder
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, LogitsProcessor, MistralForCausalLM
 
+from megavlm.model.towers.eva_config import eva_tower
 from megavlm.model.towers.eva_state_map import INFIMM_PREFIX
 from megavlm.testing import assert_gradients_close, assert_logits_close, assert_losses_close
 from megavlm.tiles import patch_rows
@@ -122,21 +123,7 @@ def test_the_tower_trains_when_asked(folder: Path) -> None:
 @pytest.mark.parametrize("kind", ["L", "g", "E"])
 def test_towers_equal_ours(model: Any, kind: str, tmp_path: Path) -> None:
     config, state = TINY[kind], released_state(TINY[kind])
-    visual = {
-        "image_size": config.image_size,
-        "patch_size": config.patch_size,
-        "width": config.width,
-        "layers": config.depth,
-        "head_width": config.head_width,
-        "mlp_ratio": (config.mlp_width + 0.5) / config.width,
-        "embed_dim": config.head_dim_out,
-        "rope": config.rope,
-        "pt_hw_seq_len": config.rope_pretrained_grid,
-        "naiveswiglu": config.mlp == "swiglu",
-        "subln": config.sub_norm,
-        "postnorm": config.post_norm,
-    }
-    theirs = type(model.model.vision_encoder)(visual)
+    theirs = type(model.model.vision_encoder)(visual_settings(config))
     theirs.load_state_dict({k.removeprefix(INFIMM_PREFIX): v for k, v in state.items() if "rope.freqs_" not in k})
     images = random_images(config, 3)
     with torch.no_grad():
@@ -174,6 +161,44 @@ def test_fresh_models_survive_a_round_trip(
     inputs = {"input_ids": prompt(7, image_at=(2,)), "pixel_values": random_pixels(1, 1)}
     with torch.no_grad():
         assert torch.equal(model(**inputs).logits, again(**inputs).logits)
+
+
+_LLAMA_13B = {
+    "hidden_size": 5120,
+    "num_hidden_layers": 40,
+    "num_attention_heads": 40,
+    "num_key_value_heads": 40,
+    "intermediate_size": 13824,
+    "vocab_size": 32002,
+    "head_dim": 128,
+}
+_MISTRAL_7B = {
+    **_LLAMA_13B,
+    "hidden_size": 4096,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "intermediate_size": 14336,
+}
+
+
+@pytest.mark.parametrize(
+    ("model_type", "tower", "language", "every", "expected"),
+    [
+        ("infimm-zephyr", "EVA02-CLIP-L/14-336", _MISTRAL_7B, 2, 9_840_832_224),
+        ("infimm-vicuna", "EVA02-CLIP-E/14-224", _LLAMA_13B, 4, 19_710_920_980),
+        ("infimm-llama", "EVA01-CLIP-g/14-224", _LLAMA_13B, 4, 16_305_280_660),
+    ],
+)
+def test_published_sizes(
+    folder: Path, tmp_path: Path, model_type: str, tower: str, language: dict[str, Any], every: int, expected: int
+) -> None:
+    config = golden_config(model_type, visual=visual_settings(eva_tower(tower)), cross_attn_every_n_layers=every)
+    config["language"] |= language
+    source = AutoConfig.from_pretrained(write_folder(tmp_path / "real", config), trust_remote_code=True)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(source, trust_remote_code=True)
+    assert sum(parameter.numel() for parameter in model.parameters()) == expected
 
 
 # --- who sees what --------------------------------------------------------------------------------------------------
@@ -342,8 +367,19 @@ def test_steps_by_hand_see_the_last_image(model: Any) -> None:
     ids, images = prompt(12, image_at=(1, 5)), random_pixels(1, 2)
     whole = model(input_ids=ids, images=images).logits
     start = model(input_ids=ids[:, :8], images=images, use_cache=True)
+    model(input_ids=ids[:, :8], images=random_pixels(1, 2, seed=9), use_cache=True)  # another conversation, meanwhile
     rest = model(input_ids=ids[:, 8:], past_key_values=start.past_key_values)
     assert_logits_close(torch.cat([start.logits, rest.logits], dim=1), whole, 1e-5)
+
+
+@torch.no_grad()
+def test_positions_are_passed_on(model: Any) -> None:
+    ids = prompt(6)
+    spread = model(input_ids=ids, position_ids=3 * torch.arange(6)[None]).logits
+    assert_logits_close(
+        spread, bare_language_model(model)(input_ids=ids, position_ids=3 * torch.arange(6)[None]).logits
+    )
+    assert (spread - model(input_ids=ids).logits).abs().max() > 1e-3
 
 
 class SayImage(LogitsProcessor):

@@ -242,7 +242,7 @@ def test_a_chat_becomes_the_models_inputs(processor: Any) -> None:
     pictures = [noise(80, 60, seed=seed) for seed in range(2)]
     messages = [
         user({"type": "image", "image": pictures[0]}, "What is it?"),
-        {"role": "assistant", "content": "A cat."},
+        {"role": "assistant", "content": [{"type": "text", "text": "A cat."}]},
         user({"type": "image", "image": pictures[1]}, "And this?"),
     ]
     inputs = processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=True)

@@ -16,6 +16,7 @@ from tokenizers import Tokenizer, models, trainers
 from transformers import AutoModelForCausalLM, LlamaTokenizer
 
 from megavlm.export.infimm_folder import architecture, auto_map, infimm_files, processor_files
+from megavlm.model.towers.eva_config import EvaConfig
 
 GOLDEN = Path(__file__).resolve().parents[1] / "fixtures" / "infimm_zephyr_tiny"
 MODEL_TYPES = ("infimm-zephyr", "infimm-vicuna", "infimm-llama")
@@ -53,6 +54,25 @@ def golden_config(model_type: str = "infimm-zephyr", **changes: Any) -> dict[str
         "architectures": [architecture(model_type)],
         "auto_map": auto_map(model_type),
         **changes,
+    }
+
+
+def visual_settings(tower: EvaConfig) -> dict[str, Any]:
+    """The tower as a released config.json spells it."""
+    return {
+        "image_size": tower.image_size,
+        "patch_size": tower.patch_size,
+        "width": tower.width,
+        "layers": tower.depth,
+        "head_width": tower.head_width,
+        "mlp_ratio": (tower.mlp_width + 0.5) / tower.width,  # int() of the product is the width again
+        "embed_dim": tower.head_dim_out,
+        "rope": tower.rope,
+        "pt_hw_seq_len": tower.rope_pretrained_grid,
+        "intp_freq": True,
+        "naiveswiglu": tower.mlp == "swiglu",
+        "subln": tower.sub_norm,
+        "postnorm": tower.post_norm,
     }
 
 

@@ -56,7 +56,7 @@ class MediaView(NamedTuple):
     sees_image: Tensor
     """[B, T, 1]: 1 behind the first image of the sample, 0 before it."""
     has_image: Tensor
-    """[B, 1, 1]: 1 if the sample has an image; 0 turns its gated blocks off."""
+    """[B, 1, 1]: 1 if the sample has an image; 0 turns the feed-forward of its gated blocks off as well."""
 
 
 class MaskedCrossAttention(nn.Module):
@@ -96,7 +96,7 @@ class GatedCrossAttentionBlock(nn.Module):
         self.ff_gate = nn.Parameter(torch.zeros(1))
 
     def forward(self, x: Tensor, view: MediaView) -> Tensor:
-        x = x + view.has_image * self.attn(x, view) * self.attn_gate.tanh()
+        x = x + self.attn(x, view) * self.attn_gate.tanh()
         return x + view.has_image * self.ff(x) * self.ff_gate.tanh()
 
 
