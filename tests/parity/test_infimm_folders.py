@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import transformers
+from infimm_hf import offline
 from safetensors.torch import load_file, save_file
 
 from megavlm.build.from_folder import run_from_folder
@@ -73,6 +75,12 @@ TOWERS = {
 
 def float32(run: RunConfig, **degrees: Any) -> RunConfig:
     return run.replace(parallel=ParallelConfig(**degrees), precision=PrecisionConfig(params_dtype="float32"))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def no_network(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    with offline(tmp_path_factory.mktemp("modules")):
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -190,11 +198,7 @@ def verify_under(folder: Path, cases: Path, degrees: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("tower, every", [("L", 1), ("g", 1), ("g", 4), ("E", 2), ("E", 4)])
-def test_equals_transformers_for_all_towers_and_spacings(
-    tower: str, every: int, parts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "modules"))
-    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+def test_equals_transformers_for_all_towers_and_spacings(tower: str, every: int, parts: Path, tmp_path: Path) -> None:
     out, cases = tmp_path / "infimm", tmp_path / "cases.safetensors"
     vision = parts / f"{tower}.pt"
     assemble_infimm(parts / "llm", vision, TOWERS[tower], "infimm-llama", every, out, dtype=torch.float32)
@@ -255,17 +259,14 @@ def export_under(degrees: dict[str, Any], out: Path) -> None:
     [{"tensor_model_parallel_size": 2}, {"pipeline_model_parallel_size": 2, "virtual_pipeline_model_parallel_size": 2}],
     ids=["TP=2", "interleaved PP=2"],
 )
-def test_import_and_export_give_back_every_bit(
-    degrees: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    out = tmp_path / "hf"
+def test_import_and_export_give_back_every_bit(degrees: dict[str, Any], tmp_path: Path) -> None:
+    out = tmp_path / f"hf-{len(degrees)}"
     spawn(export_under, 2, degrees, out)
     golden = {n: t for n, t in load_file(GOLDEN / "model.safetensors").items() if ".rope.freqs_" not in n}
     mine = {name: tensor for file in out.glob("*.safetensors") for name, tensor in load_file(file).items()}
     assert mine.keys() == golden.keys()
     assert all(torch.equal(mine[name], golden[name]) for name in golden)
 
-    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
     model = transformers.AutoModelForCausalLM.from_pretrained(out, trust_remote_code=True, dtype=torch.float32)
     for case in read_cases(GOLDEN / "cases.safetensors").values():
         assert case.logits is not None

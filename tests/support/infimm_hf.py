@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -40,7 +41,15 @@ def offline(modules_cache: Path) -> Iterator[None]:
         patch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
         patch.setattr(transformers.dynamic_module_utils, "HF_MODULES_CACHE", str(modules_cache))
         patch.syspath_prepend(str(modules_cache))
+        _forget_code()
         yield
+        _forget_code()
+
+
+def _forget_code() -> None:
+    """Code is imported as a package that remembers the first place it was copied to."""
+    for name in [name for name in sys.modules if name.partition(".")[0] == "transformers_modules"]:
+        del sys.modules[name]
 
 
 def golden_config(model_type: str = "infimm-zephyr", **changes: Any) -> dict[str, Any]:
