@@ -64,7 +64,9 @@ def export_model(
 def _write_part(model: Model, run: RunConfig, groups: Groups, staging: Path) -> PartIndex | None:
     """This stage's shards, written by its first tensor-parallel rank; the others only send their slices."""
     writer = HFWriter(staging, part=(groups.pipeline_rank, groups.pipeline_size)) if groups.tensor_rank == 0 else None
-    for name, tensor in folder_tensors(model.parts(), state_map_of(run), groups.collection.tp):
+    # Where all stages encode, each holds the tower; the first one writes it.
+    parts = model.parts() if groups.pipeline_rank == 0 else model.chunks
+    for name, tensor in folder_tensors(parts, state_map_of(run), groups.collection.tp):
         if writer:
             writer.add(name, tensor.to(run.precision.dtype))
     return writer.close() if writer else None

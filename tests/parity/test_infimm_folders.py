@@ -256,8 +256,12 @@ def export_under(degrees: dict[str, Any], out: Path) -> None:
 
 @pytest.mark.parametrize(
     "degrees",
-    [{"tensor_model_parallel_size": 2}, {"pipeline_model_parallel_size": 2, "virtual_pipeline_model_parallel_size": 2}],
-    ids=["TP=2", "interleaved PP=2"],
+    [
+        {"tensor_model_parallel_size": 2},
+        {"pipeline_model_parallel_size": 2, "virtual_pipeline_model_parallel_size": 2},
+        {"pipeline_model_parallel_size": 2, "pipeline_model_parallel_layout": "Et|tttL", "vision_over": "all_stages"},
+    ],
+    ids=["TP=2", "interleaved PP=2", "uneven PP=2, all stages encoding"],
 )
 def test_import_and_export_give_back_every_bit(degrees: dict[str, Any], tmp_path: Path) -> None:
     out = tmp_path / f"hf-{len(degrees)}"
