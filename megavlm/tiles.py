@@ -264,9 +264,9 @@ def _whole(numbers: ArrayLike) -> Ints:
 def _grids(width: Ints, height: Ints, grid: GridConfig) -> tuple[Ints, Ints]:
     """(columns, rows) of the grid that shows most of the image's pixels; of those, the one of least area.
 
-    What a grid shows grows with the scale at which the image fits: the lesser of those for its width and its height. So
-    of the grids that show most, one has both the fewest columns and the fewest rows; each number is found by itself, and
-    no tie is left to break.
+    What a grid shows grows with the scale at which the image fits: the lesser of those for its width and its height.
+    So of the grids that show most, one has both the fewest columns and the fewest rows: each number is found by itself,
+    and no tie is left to break.
     """
 
     def shown(scale: NDArray[np.float64]) -> Ints:
