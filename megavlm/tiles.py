@@ -27,7 +27,7 @@ even, the map may be empty, and the base tile is all there is.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Generic, Literal, NamedTuple, TypeVar
+from typing import Generic, Literal, NamedTuple, TypeVar, get_args
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -236,6 +236,7 @@ def split_images(widths: ArrayLike, heights: ArrayLike, grid: GridConfig) -> Spl
 
 
 def _has_map(kind: MediaKind, grid: GridConfig) -> bool:
+    assert kind in get_args(MediaKind), kind
     return kind == "image" and grid.tiling == "grid"
 
 

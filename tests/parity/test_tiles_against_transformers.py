@@ -13,7 +13,7 @@ from transformers.models.llava_onevision.image_processing_pil_llava_onevision im
 from transformers.models.llava_onevision.modeling_llava_onevision import LlavaOnevisionModel
 from transformers.models.llava_onevision.processing_llava_onevision import LlavaOnevisionProcessor
 
-from megavlm.data.tile_images import cut_tiles, tile_pixels
+from megavlm.data.tile_images import Pixels, cut_tiles, tile_pixels
 from megavlm.tiles import (
     STAGE_GRIDS,
     GridConfig,
@@ -223,3 +223,18 @@ def test_a_stage_of_single_tiles_squeezes_the_image_as_the_base_tile() -> None:
     assert single.shape == (1, 384, 384, 3) and np.array_equal(single, base)
     assert np.array_equal(frames[:1], base) and frames.shape == (2, 384, 384, 3)
     assert not np.array_equal(frames[0], frames[1])
+
+
+def test_another_decoders_resize_is_used_for_every_tile() -> None:
+    def grey(pixels: Pixels, width: int, height: int) -> Pixels:
+        return np.full((height, width, 3), 128, np.uint8)
+
+    tiles = cut_tiles(plan_image(100, 50, "image", TOY_GRIDS[0]), np.zeros((50, 100, 3), np.uint8), grey)
+    assert tiles.shape == (3, 98, 98, 3) and (tiles == 128).all()
+
+
+def test_pixels_of_another_size_than_the_plans_are_refused() -> None:
+    with pytest.raises(AssertionError, match=r"\(50, 99, 3\)"):
+        cut_tiles(plan_image(100, 50, "image", TOY_GRIDS[0]), np.zeros((50, 99, 3), np.uint8))
+    with pytest.raises(AssertionError, match="2 frames where the plan has 3"):
+        cut_tiles(plan_image(100, 50, "video", TOY_GRIDS[0], frames=3), np.zeros((2, 50, 100, 3), np.uint8))

@@ -256,6 +256,13 @@ def test_fractions_of_pixels_are_refused() -> None:
         token_counts([640.0], [480], "image", STAGE_GRIDS["3"])
 
 
+def test_an_unknown_kind_of_medium_is_refused() -> None:
+    kind: Any = "images"
+    for count in (token_counts, tile_counts, plan_image):
+        with pytest.raises(AssertionError, match="images"):
+            count(640, 480, kind, STAGE_GRIDS["3"])
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
