@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
+import json
 import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
-from megavlm.build.run_config import check_for_world
+from megavlm.build.from_folder import run_from_folder
+from megavlm.build.model import build_model
+from megavlm.build.run_config import PrecisionConfig, RunConfig, check_for_world
 from megavlm.errors import ConfigError
+from megavlm.export.assemble import assemble_infimm, normalise_infimm
 from megavlm.export.hf_export import export_model
 from megavlm.infer.ask import GenerateConfig, answer_question, read_question
+from megavlm.infer.cases import read_cases
+from megavlm.infer.verify import as_json, table, verify
 from megavlm.log import get_logger, setup_logging
-from megavlm.options import parse_options
+from megavlm.model.towers.eva_config import eva_tower
+from megavlm.options import parse_options, take_options
 from megavlm.parallel import groups as process_groups
 from megavlm.parallel.agree import agreed
 from megavlm.recipes import RECIPES, recipe
@@ -17,10 +26,12 @@ from megavlm.train.loop import train as run_training
 
 logger = get_logger(__name__)
 
+HELP = ("-h", "--help")
+
 
 def recipes(arguments: list[str]) -> int:
     """`megavlm recipes`: one line each; `megavlm recipes NAME [--options]`: that run, fully resolved, as YAML."""
-    if arguments[:1] in (["-h"], ["--help"]):
+    if arguments[:1] in ([word] for word in HELP):
         print("usage: megavlm recipes [NAME [--options]]\n\nlist the recipes, or print one fully resolved, as YAML")
         return 0
     if arguments:
@@ -35,44 +46,130 @@ def recipes(arguments: list[str]) -> int:
 
 def train(arguments: list[str]) -> int:
     """`megavlm train RECIPE [--options]`, alone or on every rank of torchrun."""
-    if not arguments or arguments[0] in ("-h", "--help"):
+    if not arguments or arguments[0] in HELP:
         print("usage: [torchrun --nproc-per-node N -m] megavlm train RECIPE [--options]\n")
         print("`megavlm recipes` lists the recipes; `megavlm train RECIPE --help` all options of one.")
         return 0
-    try:
-        _train(*arguments)
-    finally:
-        process_groups.leave()
+    name, *options = arguments
+    with _joined() as world_size:
+        with agreed():
+            run = parse_options(recipe(name), options, prog=f"megavlm train {name}")
+            check_for_world(run, world_size)
+            _refuse_existing("--export-hf", run.weights.export_hf)
+        logger.info("%s", run.to_yaml())
+        groups = process_groups.start(run.parallel, run.train.seed)
+        model = run_training(run, groups)
+        if run.weights.export_hf is not None:
+            export_model(model, run, groups, run.weights.export_hf, tokenizer_from=run.weights.load_hf)
+            logger.info("exported to %s", run.weights.export_hf)
     return 0
 
 
-def _train(name: str, *options: str) -> None:
-    world_size = process_groups.join()
-    setup_logging(int(os.environ.get("RANK", "0")), world_size)
-    with agreed():
-        run = parse_options(recipe(name), options, prog=f"megavlm train {name}")
-        check_for_world(run, world_size)
-        if run.weights.export_hf is not None and os.path.exists(run.weights.export_hf):
-            raise ConfigError("--export-hf", run.weights.export_hf, "exists already", "give another name")
-    logger.info("%s", run.to_yaml())
-    groups = process_groups.start(run.parallel, run.train.seed)
-    model = run_training(run, groups)
-    if run.weights.export_hf is not None:
-        export_model(model, run, groups, run.weights.export_hf, tokenizer_from=run.weights.load_hf)
-        logger.info("exported to %s", run.weights.export_hf)
+def verify_hf(arguments: list[str]) -> int:
+    """`megavlm verify-hf`: a folder's model on recorded cases; exit code 1 where it is off by more than allowed."""
+    if _wants_help(arguments, "verify-hf --hf DIR --cases FILE [--json] [--tensor-model-parallel-size N ...]"):
+        return 0
+    with _joined() as world_size:
+        with agreed():
+            own, options = take_options(arguments, ["--hf", "--cases"], flags=["--json"])
+            run = _run_of_folder(own["--hf"], options, "verify-hf")
+            cases = read_cases(own["--cases"])
+            check_for_world(run, world_size)
+        groups = process_groups.start(run.parallel)
+        deviations = verify(build_model(run, groups), run, groups, cases)
+        if groups.rank == 0:
+            print(json.dumps(as_json(deviations)) if "--json" in own else table(deviations), flush=True)
+    return 0 if all(deviation.is_fine for deviation in deviations) else 1
+
+
+def export_hf(arguments: list[str]) -> int:
+    """`megavlm export-hf`: load a folder under a layout and write it again from the weights that are held then."""
+    if _wants_help(
+        arguments, "export-hf --hf DIR --out DIR [--params-dtype bfloat16] [--tensor-model-parallel-size N]"
+    ):
+        return 0
+    with _joined() as world_size:
+        with agreed():
+            own, options = take_options(arguments, ["--hf", "--out"])
+            run = _run_of_folder(own["--hf"], options, "export-hf")
+            check_for_world(run, world_size)
+            _refuse_existing("--out", own["--out"])
+        groups = process_groups.start(run.parallel)
+        export_model(build_model(run, groups), run, groups, own["--out"], tokenizer_from=own["--hf"])
+    return 0
+
+
+def import_hf(arguments: list[str]) -> int:
+    """`megavlm import-hf`: a released InfiMM folder, or its parts, as a folder that a run can start from."""
+    usage = (
+        "import-hf --hf RELEASED --out DIR [--params-dtype bfloat16]\n"
+        "       megavlm import-hf --llm DIR --vision FILE --tower NAME --model-type infimm-llama\n"
+        "                         --cross-attn-every-n-layers N --out DIR [--seed N] [--params-dtype bfloat16]"
+    )
+    if _wants_help(arguments, usage):
+        return 0
+    if any(word.partition("=")[0] == "--hf" for word in arguments):
+        own, rest = take_options(arguments, ["--hf", "--out"])
+        dtype = parse_options(PrecisionConfig(), rest, prog="megavlm import-hf").dtype
+        normalise_infimm(own["--hf"], own["--out"], dtype)
+        return 0
+    needed = ["--llm", "--vision", "--tower", "--model-type", "--cross-attn-every-n-layers", "--out"]
+    own, rest = take_options(arguments, needed, ["--seed"])
+    assemble_infimm(
+        own["--llm"],
+        own["--vision"],
+        eva_tower(own["--tower"]),
+        own["--model-type"],
+        _whole_number("--cross-attn-every-n-layers", own["--cross-attn-every-n-layers"]),
+        own["--out"],
+        dtype=parse_options(PrecisionConfig(), rest, prog="megavlm import-hf").dtype,
+        seed=_whole_number("--seed", own.get("--seed", "1234")),
+    )
+    return 0
 
 
 def generate(arguments: list[str]) -> int:
     """`megavlm generate --hf DIR --prompt TEXT [--image FILE ...]`, alone or on every rank of torchrun."""
-    try:
-        world_size = process_groups.join()
-        setup_logging(int(os.environ.get("RANK", "0")), world_size)
+    with _joined() as world_size:
         with agreed():
             question = read_question(parse_options(GenerateConfig(), arguments, "megavlm generate"), world_size)
         groups = process_groups.start(question.run.parallel)
         answer = answer_question(question, groups)
         if groups.rank == 0:
             print(answer, flush=True)
+    return 0
+
+
+@contextmanager
+def _joined() -> Iterator[int]:
+    """The processes of this run joined (how many they are), and left at the end, also after an error."""
+    try:
+        world_size = process_groups.join()
+        setup_logging(int(os.environ.get("RANK", "0")), world_size)
+        yield world_size
     finally:
         process_groups.leave()
-    return 0
+
+
+def _run_of_folder(folder: str, options: Sequence[str], command: str) -> RunConfig:
+    """In float32, unless the options say otherwise: these commands compare and convert."""
+    run = run_from_folder(folder).replace(precision=PrecisionConfig(params_dtype="float32"))
+    return parse_options(run, options, prog=f"megavlm {command}")
+
+
+def _refuse_existing(option: str, folder: str | None) -> None:
+    if folder is not None and os.path.exists(folder):
+        raise ConfigError(option, folder, "exists already", "give another name")
+
+
+def _whole_number(option: str, text: str) -> int:
+    if not text.isdecimal():
+        raise ConfigError(option, text, "is no whole number", "write digits only")
+    return int(text)
+
+
+def _wants_help(arguments: Sequence[str], usage: str) -> bool:
+    if not any(word in HELP for word in arguments):
+        return False
+    print(f"usage: megavlm {usage}")
+    return True

@@ -68,9 +68,13 @@ def parse_options(config: C, argv: Sequence[str], prog: str = "megavlm train") -
 
 
 def option_table(cls: type[Config]) -> dict[str, Leaf]:
-    """Each option's name, `--no-` forms included, and the field that it sets."""
+    """Each option's name, `--no-` forms included, and the field that it sets.
+
+    Fields of the root and of its sections have one. What lies deeper (the shapes of a model's parts) repeats names,
+    and is set by its path: `infimm.tower.norm_epsilon=1e-6`.
+    """
     table: dict[str, Leaf] = {}
-    for leaf in leaves(cls):
+    for leaf in (leaf for leaf in leaves(cls) if leaf.path.count(".") <= 1):
         for name in _spellings(leaf):
             assert name not in table, f"{name} would set both {table[name].path} and {leaf.path}"
             table[name] = leaf
@@ -175,3 +179,27 @@ def _metavar(hint: Any) -> str:
     else:
         shown = {int: " INT", float: " FLOAT", str: " TEXT"}.get(inner, " YAML")
     return f"{shown}|none" if optional else shown
+
+
+def take_options(
+    argv: Sequence[str], required: Sequence[str], optional: Sequence[str] = (), flags: Sequence[str] = ()
+) -> tuple[dict[str, str], list[str]]:
+    """A command's own options and their values (a flag's is "true"), and the words left for `parse_options`."""
+    found: dict[str, str] = {}
+    rest: list[str] = []
+    words = list(argv)
+    while words:
+        word = words.pop(0)
+        name, equals, text = word.partition("=")
+        if name in flags:
+            found[name] = "true"
+        elif name in (*required, *optional):
+            if not equals and not words:
+                raise ConfigError(name, None, "has no value", "write one behind it")
+            found[name] = text if equals else words.pop(0)
+        else:
+            rest.append(word)
+    for name in required:
+        if name not in found:
+            raise ConfigError(name, None, "is missing", f"this command needs {', '.join(required)}")
+    return found, rest

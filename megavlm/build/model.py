@@ -7,18 +7,20 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-import torch
 from torch import nn
 
+from megavlm.build.costs import balanced_layout
 from megavlm.build.run_config import RunConfig
 from megavlm.checkpoint.fresh import FreshWeights
 from megavlm.checkpoint.hf_folder import HFFolder
 from megavlm.checkpoint.hf_import import WeightSource, check_folder, load_weights
+from megavlm.checkpoint.sources import AliasedWeights
 from megavlm.errors import WeightsError
 from megavlm.model.backend import is_transformer_engine, spec_provider
 from megavlm.model.decoder.config import DecoderConfig
 from megavlm.model.decoder.model import Decoder, build_decoder
 from megavlm.model.decoder.state_map import decoder_state_map
+from megavlm.model.empty import build_empty
 from megavlm.model.freeze import freeze_all_but
 from megavlm.model.infimm.config import infimm_from_hf
 from megavlm.model.infimm.model import build_infimm
@@ -28,7 +30,7 @@ from megavlm.model.state_map import StateMap
 from megavlm.model.towers.eva import EvaTower
 from megavlm.parallel.agree import agreed
 from megavlm.parallel.groups import Groups
-from megavlm.parallel.layout import layout_fields
+from megavlm.parallel.layout import AUTO, layout_fields
 from megavlm.parallel.media_inputs import MediaInputs
 from megavlm.parallel.recompute import check_recompute, recompute_fields
 from megavlm.parallel.schedule import InputFunction
@@ -43,12 +45,12 @@ class Model:
     chunks: list[Decoder]
     """One for each virtual pipeline stage."""
     tower: nn.Module | None = None
-    """The frozen vision tower, on the first stage of a model with eyes."""
+    """The frozen vision tower, on the ranks of a model with eyes that encode images."""
     inputs: InputFunction | None = None
     """What `run_schedule` asks for each batch's images; none in a decoder alone."""
 
     def parts(self) -> list[nn.Module]:
-        """All that holds weights, each under the names of the state map."""
+        """All that holds weights here, each under the names of the state map."""
         return [*self.chunks, *([nn.ModuleDict({"tower": self.tower})] if self.tower is not None else [])]
 
 
@@ -60,6 +62,7 @@ def build_model(run: RunConfig, groups: Groups) -> Model:
         engine = is_transformer_engine(provider)
         check_fp8(run.precision, chip, capability, engine)
         check_recompute(run.recompute, capability is not None, engine)
+    run = with_layout(run)
     common = (provider, run.make_vocab_size_divisible_by)
     build_chunk: ChunkBuilder = (
         partial(build_decoder, run.decoder, *common)
@@ -68,11 +71,20 @@ def build_model(run: RunConfig, groups: Groups) -> Model:
     )
     chunks = build_chunks(build_chunk, run.decoder, _transformer_fields(run, engine), run.parallel, groups)
     freeze_all_but(chunks, run.trainable)
-    tower = _build_tower(run, groups) if groups.pipeline_rank == 0 else None
-    inputs = None if run.infimm is None else MediaInputs(tower, run.infimm.tower.patches, groups)
+    over_all_stages = run.parallel.vision_over == "all_stages"
+    tower = _build_tower(run, groups) if groups.pipeline_rank == 0 or over_all_stages else None
+    inputs = None if run.infimm is None else MediaInputs(tower, run.infimm.tower.patches, groups, over_all_stages)
     model = Model(chunks, tower, inputs)
     _fill(model, run, groups)
     return model
+
+
+def with_layout(run: RunConfig) -> RunConfig:
+    """The run with its pipeline layout spelled out, where it asks for the one that is cut by cost."""
+    if run.parallel.pipeline_model_parallel_layout != AUTO:
+        return run
+    layout = balanced_layout(run, run.train.images_per_row)
+    return run.replace(parallel=run.parallel.replace(pipeline_model_parallel_layout=layout))
 
 
 def state_map_of(run: RunConfig) -> StateMap:
@@ -94,9 +106,9 @@ def _transformer_fields(run: RunConfig, engine: bool) -> dict[str, Any]:
 def _build_tower(run: RunConfig, groups: Groups) -> nn.Module | None:
     if run.infimm is None:
         return None
-    with torch.device(groups.device):
-        tower = EvaTower(run.infimm.tower)
-    return tower.to(run.precision.dtype).requires_grad_(False).eval()
+    settings = run.infimm.tower
+    tower = build_empty(lambda: EvaTower(settings), groups.device, run.precision.dtype)
+    return tower.requires_grad_(False).eval()
 
 
 def _fill(model: Model, run: RunConfig, groups: Groups) -> None:
@@ -106,8 +118,9 @@ def _fill(model: Model, run: RunConfig, groups: Groups) -> None:
         if run.weights.load_hf is None:
             source = FreshWeights(state_map, run.train.seed, run.decoder.init_method_std)
         else:
-            source = files.enter_context(HFFolder.open(run.weights.load_hf))
-            _check_config(source, run)
+            folder = files.enter_context(HFFolder.open(run.weights.load_hf))
+            _check_config(folder, run)
+            source = AliasedWeights(folder, state_map.aliases, run.weights.load_hf)
         check_folder(source, state_map, run.weights.load_hf or "fresh weights")
         load_weights(model.parts(), source, state_map, groups.tensor_rank, groups.collection.tp.size())
 

@@ -11,7 +11,7 @@ from megavlm.model.decoder.config import DecoderConfig
 from megavlm.model.freeze import Part
 from megavlm.model.infimm.config import InfiMMConfig
 from megavlm.model.precision import PrecisionConfig
-from megavlm.parallel.layout import ParallelConfig, check_layout
+from megavlm.parallel.layout import ParallelConfig, check_layout, nearest_degrees
 from megavlm.parallel.recompute import RecomputeConfig
 from megavlm.parallel.wrap import DataParallelConfig, OptimizerConfig
 
@@ -46,10 +46,13 @@ class TrainConfig(Config):
     """Seed of fresh weights, data and dropout."""
     log_interval: int = 1
     """Steps between two log lines."""
+    images_per_row: float = 1.0
+    """Images of a row on average, by which `--pipeline-model-parallel-layout auto` weighs the vision tower."""
 
     def check(self) -> None:
         for name in ("train_iters", "global_batch_size", "micro_batch_size", "log_interval"):
             require(getattr(self, name) >= 1, self, name, "must be at least 1", "use a positive number")
+        require(self.images_per_row >= 0, self, "images_per_row", "must not be negative", "use 0 for text alone")
         require(self.seq_length >= 2, self, "seq_length", "leaves nothing to predict", "use at least 2")
 
 
@@ -122,6 +125,14 @@ def check_for_world(run: RunConfig, world_size: int) -> None:
     """Refuse a run that cannot be laid out over `world_size` processes."""
     check_layout(run.parallel, run.decoder, world_size)
     tensor = run.parallel.tensor_model_parallel_size
+    if run.infimm is not None and run.infimm.cross_attention.heads % tensor:
+        heads = run.infimm.cross_attention.heads
+        raise LayoutError(
+            "parallel.tensor_model_parallel_size",
+            tensor,
+            f"does not divide the {heads} heads of the gated cross-attention",
+            f"use {' or '.join(map(str, nearest_degrees(tensor, lambda degree: heads % degree == 0)))}",
+        )
     if run.parallel.sequence_parallel and run.train.seq_length % tensor:
         raise LayoutError(
             "train.seq_length",

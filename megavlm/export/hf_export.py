@@ -20,6 +20,7 @@ from megavlm.build.run_config import RunConfig
 from megavlm.checkpoint.atomic import open_staging, staging_path
 from megavlm.checkpoint.hf_import import named_parameters
 from megavlm.checkpoint.hf_writer import HFWriter, PartIndex, finish
+from megavlm.export.infimm_folder import infimm_family_files
 from megavlm.model.state_map import Entry, StateMap
 from megavlm.parallel.agree import agreed
 from megavlm.parallel.groups import Groups
@@ -56,14 +57,16 @@ def export_model(
     dist.all_gather_object(parts, part)
     with agreed():
         if groups.rank == 0:
-            extra = {**_family_files(run), **_tokenizer_files(tokenizer_from)}
+            extra = {**tokenizer_files(tokenizer_from), **_family_files(run)}
             finish(staging_path(folder), folder, [p for p in parts if p is not None], extra, overwrite)
 
 
 def _write_part(model: Model, run: RunConfig, groups: Groups, staging: Path) -> PartIndex | None:
     """This stage's shards, written by its first tensor-parallel rank; the others only send their slices."""
     writer = HFWriter(staging, part=(groups.pipeline_rank, groups.pipeline_size)) if groups.tensor_rank == 0 else None
-    for name, tensor in folder_tensors(model.parts(), state_map_of(run), groups.collection.tp):
+    # Where all stages encode, each holds the tower; the first one writes it.
+    parts = model.parts() if groups.pipeline_rank == 0 else model.chunks
+    for name, tensor in folder_tensors(parts, state_map_of(run), groups.collection.tp):
         if writer:
             writer.add(name, tensor.to(run.precision.dtype))
     return writer.close() if writer else None
@@ -116,11 +119,13 @@ def _take_apart(whole: Tensor, entry: Entry, state_map: StateMap, tensor_size: i
 def _family_files(run: RunConfig) -> dict[str, bytes]:
     """config.json, and the code that a family brings along."""
     dtype = str(run.precision.dtype).removeprefix("torch.")
-    assert run.infimm is None, "the files of InfiMM come with its exporter"
+    if run.infimm is not None:
+        return infimm_family_files(run.decoder, run.infimm, dtype)
     return {"config.json": (json.dumps(run.decoder.to_hf(dtype), indent=2) + "\n").encode()}
 
 
-def _tokenizer_files(folder: str | Path | None) -> dict[str, bytes]:
+def tokenizer_files(folder: str | Path | None) -> dict[str, bytes]:
+    """What the folder holds beside weights and config.json, to go along with them."""
     if folder is None:
         return {}
     return {name: (Path(folder) / name).read_bytes() for name in _TOKENIZER_FILES if (Path(folder) / name).is_file()}

@@ -166,5 +166,5 @@ def _read_images(model: Model, tokens: Tensor, prompts: Sequence[Prompt], run: R
     patches = torch.cat([no_patches if prompt.patches is None else prompt.patches for prompt in prompts])
     media = Media(patches, images, image_of_token, has_image)
     batch = TextBatch(tokens, tokens, torch.zeros(tokens.shape), media=media).to(groups.device)
-    asked: MediaInput = model.inputs(batch)["media"]
+    asked: MediaInput = model.inputs([batch])(batch)["media"]
     return MediaInput(asked.token_map, images, latents=chunk.media_latents(asked))

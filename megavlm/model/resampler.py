@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from megavlm.config import Config, require
 from megavlm.model.state_map import Entry, StateMap, expand_layers
-from megavlm_kernels.resampler.op import resampler_attention
+from megavlm_kernels import resampler_attention
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -67,6 +67,8 @@ class StateMap:
     query_groups: int
     constants: Mapping[str, Tensor] = field(default_factory=dict)
     """Tensors that a folder may hold beside its weights although the config decides them: name -> what it must be."""
+    aliases: Mapping[str, str] = field(default_factory=dict)
+    """Second names under which a folder may hold a tensor as well: second name -> name."""
 
     def shape(self, entry: Entry, source: str) -> tuple[int, ...]:
         """The shape that the folder's tensor `source` must have."""
@@ -106,6 +108,7 @@ def merged(*maps: StateMap) -> StateMap:
         sizes=sizes,
         query_groups=maps[0].query_groups,
         constants={name: table for part in maps for name, table in part.constants.items()},
+        aliases={alias: name for part in maps for alias, name in part.aliases.items()},
     )
 
 

@@ -21,7 +21,7 @@ def agreed() -> Iterator[None]:
         yield
     except MegavlmError as error:
         mine = error
-    if not dist.is_initialized():
+    if not dist.is_initialized() or dist.get_backend() == "fake":  # alone, or with others that are only imagined
         if mine is not None:
             raise mine
         return

@@ -53,9 +53,9 @@ def world_from_environment() -> tuple[int, int]:
 
 def join(timeout_minutes: float = 10.0) -> int:
     """Join the other processes of the run, as torchrun lists them; return how many there are."""
-    rank, world_size = world_from_environment()
     if dist.is_initialized():
-        return world_size
+        return dist.get_world_size()
+    rank, world_size = world_from_environment()
     device = machine.prepare()
     if device.type == "cuda":
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))

@@ -8,13 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
 from megavlm.config import Config, option, require
 from megavlm.errors import LayoutError
 from megavlm.model.decoder.config import DecoderConfig
+
+AUTO = "auto"
+"""The layout that is cut by cost."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,9 +31,13 @@ class ParallelConfig(Config):
     virtual_pipeline_model_parallel_size: int = option(1, name="--num-virtual-stages-per-pipeline-rank")
     """Chunks of layers a stage holds (more than 1: interleaved schedule)."""
     pipeline_model_parallel_layout: str | None = None
-    """Layers of each chunk by hand, as in Megatron: `Et|ttttL` (E embedding, t layer, L loss, | next chunk)."""
+    """Layers of each chunk by hand, as in Megatron: `Et|ttttL` (E embedding, t layer, L loss, | next chunk); or `auto`:
+    cut by what each part costs, the vision tower and frozen parts included."""
     sequence_parallel: bool = False
     """Split norms and residuals over the tensor-parallel ranks along the sequence (no effect with one rank)."""
+
+    vision_over: Literal["first_stage", "all_stages"] = "first_stage"
+    """Who encodes images with a frozen tower: the first stage's ranks, or all stages' ahead of the schedule."""
 
     def check(self) -> None:
         for name in (
@@ -125,6 +132,14 @@ def nearest_degrees(degree: int, works: Callable[[int], bool]) -> list[int]:
 def _check_hand_made_layout(parallel: ParallelConfig, decoder: DecoderConfig, where: str) -> None:
     layout = parallel.pipeline_model_parallel_layout
     assert layout is not None
+    if layout == AUTO:
+        _refuse_unless(
+            lambda degree: degree * parallel.virtual_pipeline_model_parallel_size <= decoder.num_layers,
+            parallel.pipeline_model_parallel_size,
+            f"{where}.pipeline_model_parallel_size",
+            f"leaves some of {parallel.chunks} chunks without one of the {decoder.num_layers} layers",
+        )
+        return
     chunks = layout.split("|")
     problem = None
     if set(layout) - set("EtL|"):

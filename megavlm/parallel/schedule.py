@@ -19,8 +19,8 @@ OutputFunction = Callable[[TextBatch, Tensor], Any]
 """What becomes of the last stage's output of one microbatch. In training: (sum of losses, target tokens, what
 `run_schedule` returns of it). Without labels: whatever is to be kept of the logits."""
 
-InputFunction = Callable[[TextBatch], dict[str, Any]]
-"""What a chunk's forward takes of a batch beside its text."""
+InputFunction = Callable[[Sequence[TextBatch]], Callable[[TextBatch], dict[str, Any]]]
+"""Called with a step's batches, gives what a chunk's forward takes of each of them beside its text."""
 
 
 def run_schedule(
@@ -45,10 +45,11 @@ def run_schedule(
             attention_mask=None,
             labels=batch.labels if with_labels else None,
             packed_seq_params=packed_rows(batch.cu_seqlens),
-            **(inputs(batch) if inputs else {}),
+            **(beside_text(batch) if beside_text else {}),
         )
         return output, lambda result, non_loss_data=False: output_function(batch, result)
 
+    beside_text = inputs(batches) if inputs else None
     interleaved = len(chunks) > 1
     schedule = get_forward_backward_func()
     kept: list[Any] = schedule(

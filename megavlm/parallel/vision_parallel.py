@@ -59,7 +59,8 @@ def rows_of_images(patches: Tensor, patches_per_image: int, images: Sequence[int
 def gather_images(mine: Tensor, deal: Deal, group: dist.ProcessGroup, gradient: Gradient) -> Tensor:
     """All images in their order on every rank, [all images, ...], from each rank's own, [own images, ...].
 
-    With `partial` the backward is a collective: the result must be part of the loss on every rank, if only times zero.
+    With `partial` the backward is a collective, which sums in the features' dtype: the result must be part of the loss
+    on every rank, if only times zero.
     """
     assert mine.size(0) == len(deal[group.rank()]), f"{mine.size(0)} images, dealt {len(deal[group.rank()])}"
     gathered: Tensor = _GatherImages.apply(mine, deal, group, gradient)

@@ -11,10 +11,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from infimm_hf import golden_folder, load, offline
 from PIL import Image
 from tiny_folders import infimm_folder, write_tokenizer
+from transformers import AutoProcessor
 
 from megavlm.cli import main
+from megavlm.data.images import clip_pixels, open_image
 from megavlm.testing import spawn
 
 GOLDEN = Path(__file__).parents[1] / "fixtures" / "infimm_zephyr_tiny"
@@ -73,6 +77,30 @@ def test_answers(folder: Path, images: list[str]) -> None:
     two = spawn(run_commands, 2, [[*prompt, "--json", "--tensor-model-parallel-size", "2", "--sequence-parallel"]])
     assert [code for ((code, _, _),) in two] == [0, 0]
     assert sorted(out for ((_, out, _),) in two) == ["", alone[0][1]], "one rank prints, and says the same"
+
+
+def test_transformers_says_the_same_of_an_exported_folder(images: list[str], tmp_path: Path) -> None:
+    """Chat format, tokens, pixels and greedy text, by the folder's own code and by ours."""
+    folder = golden_folder(tmp_path / "hf")
+    question = "left <image> or right <image>?"
+    parts = [{"type": "text", "text": "left "}, {"type": "image"}, {"type": "text", "text": " or right "}]
+    parts += [{"type": "image"}, {"type": "text", "text": "?"}]
+    with offline(tmp_path / "code"):
+        processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
+        text = processor.apply_chat_template([{"role": "user", "content": parts}], add_generation_prompt=True)
+        inputs = processor(text=text, images=[Image.open(image) for image in images])
+        made = load(folder).generate(**inputs, max_new_tokens=12, do_sample=False)[0].tolist()
+    for image, theirs in zip(images, inputs["pixel_values"][0], strict=True):
+        assert torch.equal(clip_pixels(open_image(image), theirs.size(-1)), theirs)
+    length = inputs["input_ids"].size(1)
+    code, out, err = one(
+        ["--hf", str(folder), "--prompt", question, "--image", *images, "--chat", "--max-new-tokens", "12", "--json"]
+    )
+    assert (code, err) == (0, "")
+    answer = json.loads(out)
+    assert answer["prompt_token_ids"] == made[:length]
+    assert answer["token_ids"] == made[length:]
+    assert answer["text"] == processor.decode(made[length:], skip_special_tokens=True)
 
 
 def test_help_lists_the_options() -> None:

@@ -49,6 +49,7 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "PP=2": (2, {"pipeline_model_parallel_size": 2}),
     "interleaved PP=2": (2, {"pipeline_model_parallel_size": 2, "virtual_pipeline_model_parallel_size": 2}),
     "uneven PP=2": (2, {"pipeline_model_parallel_size": 2, "pipeline_model_parallel_layout": "Et|tttL"}),
+    "PP=2 cut by cost": (2, {"pipeline_model_parallel_size": 2, "pipeline_model_parallel_layout": "auto"}),
     "TP=2 x PP=2": (
         4,
         {"tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 2, "sequence_parallel": True},

@@ -28,6 +28,18 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
         4,
         {"tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 2, "sequence_parallel": True},
     ),
+    "TP=2 x PP=2, all stages encoding": (
+        4,
+        {"tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 2, "vision_over": "all_stages"},
+    ),
+    "interleaved PP=2, all stages encoding": (
+        2,
+        {
+            "pipeline_model_parallel_size": 2,
+            "virtual_pipeline_model_parallel_size": 2,
+            "vision_over": "all_stages",
+        },
+    ),
     "DP=2": (2, {}),
 }
 

@@ -56,11 +56,14 @@ ROOMS: dict[str, dict[str, tuple[str, ...]]] = {
     "curriculum": {"rooms": ("base", "build", "train", "checkpoint", "export"), "packages": ()},
     "recipes": {"rooms": ("base", "build"), "packages": ()},
     "testing": {"rooms": ("base",), "packages": ()},
+    # Code that exported folders carry: transformers runs it where megavlm is not installed.
+    "exported files": {"rooms": (), "packages": ("transformers", "PIL")},
 }
 """Room -> the rooms and the third-party names (prefixes or patterns) that it may import, beside its own modules, the
 standard library and the packages in EVERYWHERE. A missing room (cli, bench) may import anything."""
 
 EVERYWHERE = ("torch", "numpy")
+EXPORTED_FILES = "megavlm.export.infimm_files"
 FREE_ROOMS = ("cli", "commands", "bench", "__main__")
 EXTRA_PACKAGES = {"megavlm.infer.verify": ("transformers",), "megavlm.platform.cpu": ("megatron.core",)}
 """Single modules that may import more than their room."""
@@ -81,6 +84,8 @@ SOURCES = python_files("megavlm", "kernels/megavlm_kernels", "tools", "examples"
 
 def room_of(dotted_name: str) -> str:
     """The room that a module of ours belongs to."""
+    if is_under(dotted_name, (EXPORTED_FILES,)):
+        return "exported files"
     first, _, rest = dotted_name.partition(".")
     if first == "megavlm_kernels":
         return first
@@ -164,6 +169,9 @@ def test_every_module_under_megavlm_has_a_room() -> None:
         ("megavlm/train/loop.py", "from megavlm.testing import spawn", "for tests only"),
         ("megavlm/infer/generate.py", "import transformers", "the room `infer` may import"),
         ("kernels/megavlm_kernels/norm/op.py", "from megavlm import errors", "the room `megavlm_kernels` may"),
+        ("megavlm/export/infimm_files/x.py", "from megavlm.errors import ConfigError", "the room `exported files` may"),
+        ("megavlm/export/infimm_files/x.py", "import torchvision", "the room `exported files` may"),
+        ("megavlm/export/infimm_folder.py", "from .infimm_files import modeling_infimm", "the room `export` may"),
         ("tools/convert.py", "import megatron.training", "imported nowhere"),
     ],
 )
@@ -183,6 +191,7 @@ def test_a_wrong_import_is_refused(path: str, source: str, reason: str) -> None:
         ("megavlm/cli.py", "import megavlm.train.loop, rich"),
         ("megavlm/model/norms.py", "import megavlm_kernels\nfrom ..errors import ConfigError"),
         ("tools/convert.py", "import transformers"),
+        ("megavlm/export/infimm_files/x.py", "from .y import z\nfrom PIL import Image\nimport transformers"),
     ],
 )
 def test_a_right_import_passes(path: str, source: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -62,3 +63,40 @@ def infimm_from_hf(hf: dict[str, Any], where: str = "config.json") -> tuple[Deco
         eoc_token_id=hf["eoc_token_id"],
     )
     return decoder, parts
+
+
+def infimm_to_hf(decoder: DecoderConfig, parts: InfiMMConfig, dtype: str) -> dict[str, Any]:
+    """The config.json of an exported folder: the released keys, so that `infimm_from_hf` reads it back."""
+    tower, language = parts.tower, decoder.to_hf(dtype)
+    del language["architectures"]
+    return {
+        "model_type": parts.model_type,
+        "cross_attn_every_n_layers": parts.cross_attention.every_n_layers,
+        "image_token_id": parts.image_token_id,
+        "eoc_token_id": parts.eoc_token_id,
+        "tokenizer_type": "LlamaTokenizer",
+        "use_cache": True,
+        "torch_dtype": dtype,
+        "visual": {
+            "image_size": tower.image_size,
+            "patch_size": tower.patch_size,
+            "layers": tower.depth,
+            "width": tower.width,
+            "head_width": tower.head_width,
+            "mlp_ratio": _ratio(tower.mlp_width, tower.width),
+            "naiveswiglu": tower.mlp == "swiglu",
+            "subln": tower.sub_norm,
+            "postnorm": tower.post_norm,
+            "rope": tower.rope,
+            "pt_hw_seq_len": tower.rope_pretrained_grid,
+            "intp_freq": tower.rope,
+            "embed_dim": tower.head_dim_out,
+        },
+        "language": language,
+    }
+
+
+def _ratio(inner: int, width: int) -> float:
+    """A ratio that readers, who round `width * ratio` down, turn into `inner` again."""
+    ratio = inner / width
+    return ratio if int(width * ratio) == inner else math.nextafter(ratio, math.inf)

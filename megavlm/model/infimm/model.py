@@ -17,6 +17,7 @@ from torch import Tensor
 
 from megavlm.model.decoder.config import DecoderConfig
 from megavlm.model.decoder.model import Decoder, padded_vocab_size
+from megavlm.model.empty import build_empty
 from megavlm.model.infimm.config import InfiMMConfig
 from megavlm.model.infimm.spec import ChunkLayers, infimm_block
 from megavlm.model.media_rows import append_latents, split_latents
@@ -49,9 +50,8 @@ class InfiMM(Decoder):
         self.parts = parts
         self._received: Tensor | None = None
         if self.pre_process:
-            self.resampler = Resampler(parts.resampler).to(
-                device=torch.cuda.current_device(), dtype=config.params_dtype
-            )
+            device = torch.device(torch.cuda.current_device())
+            self.resampler = build_empty(lambda: Resampler(parts.resampler), device, config.params_dtype)
             for parameter in self.resampler.parameters():
                 parameter.vision_parallel = True  # type: ignore[attr-defined]
 

@@ -16,6 +16,7 @@ from megavlm.model.state_map import Entry, StateMap, merged
 from megavlm.model.towers.eva_state_map import eva_state_map
 
 _LANGUAGE = "model.lang_encoder."
+_GATED_LIST = "gated_cross_attn_layers"
 _THEIRS = _LANGUAGE + "model.layers.{i}.gated_cross_attn_layer."
 _OURS = "decoder.layers.{i}.gated."
 
@@ -36,12 +37,30 @@ _GATED = (
 
 def infimm_state_map(decoder: DecoderConfig, parts: InfiMMConfig) -> StateMap:
     """The table of the whole model, tower included."""
-    return merged(
+    whole = merged(
         _decoder_map(decoder),
         _gated_map(decoder, parts),
         resampler_state_map(parts.resampler, ours="resampler."),
         eva_state_map(parts.tower, ours="tower."),
     )
+    return replace(whole, aliases={alias: name for name in whole.folder_shapes() if (alias := _alias(name))})
+
+
+def _alias(name: str) -> str | None:
+    """The released model refers to its layers a second time, through lists of their own."""
+    head, layers, rest = name.partition(_LANGUAGE + "model.layers.")
+    number, _, inner = rest.partition(".")
+    for module, second in (("decoder_layer.", "old_decoder_blocks"), ("gated_cross_attn_layer.", _GATED_LIST)):
+        if layers and inner.startswith(module):
+            return f"{head}{_LANGUAGE}{second}.{number}.{inner.removeprefix(module)}"
+    return None
+
+
+def released_name(decoder_name: str) -> str:
+    """Where a tensor of the plain decoder's folder stands in InfiMM's."""
+    head, layers, rest = decoder_name.partition("model.layers.")
+    number, _, inner = rest.partition(".")
+    return f"{_LANGUAGE}{head}{layers}{number}.decoder_layer.{inner}" if layers else _LANGUAGE + decoder_name
 
 
 def _decoder_map(decoder: DecoderConfig) -> StateMap:
@@ -51,12 +70,7 @@ def _decoder_map(decoder: DecoderConfig) -> StateMap:
 
 
 def _moved(entry: Entry) -> Entry:
-    def move(name: str) -> str:
-        head, layers, rest = name.partition("model.layers.")
-        number, _, inner = rest.partition(".")
-        return f"{_LANGUAGE}{head}{layers}{number}.decoder_layer.{inner}" if layers else _LANGUAGE + name
-
-    return replace(entry, theirs={move(name): shape for name, shape in entry.theirs.items()})
+    return replace(entry, theirs={released_name(name): shape for name, shape in entry.theirs.items()})
 
 
 def _gated_map(decoder: DecoderConfig, parts: InfiMMConfig) -> StateMap:

@@ -1,0 +1,95 @@
+"""Layers cut into chunks of equal cost: the best cut there is, which knows what frozen and visual parts cost."""
+
+from __future__ import annotations
+
+import itertools
+import random
+
+import pytest
+
+from megavlm.build.costs import balanced_layout, row_costs
+from megavlm.build.run_config import InfiMMConfig, ParallelConfig, RunConfig
+from megavlm.model.cross_attention import CrossAttentionConfig
+from megavlm.model.resampler import ResamplerConfig
+from megavlm.model.towers.eva_config import eva_tower
+from megavlm.parallel.split import as_layout, balanced_split
+from megavlm.recipes import recipe
+
+
+def costliest(costs: list[float], split: list[int], before: float, behind: float) -> float:
+    sums, first = [], 0
+    for layers in split:
+        sums.append(sum(costs[first : first + layers]))
+        first += layers
+    sums[0] += before
+    sums[-1] += behind
+    return max(sums)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_no_other_cut_is_better(seed: int) -> None:
+    draw = random.Random(seed)
+    costs = [draw.uniform(1, 5) for _ in range(draw.randint(4, 9))]
+    chunks, before, behind = draw.randint(2, 4), draw.uniform(0, 8), draw.uniform(0, 8)
+    mine = balanced_split(costs, chunks, before, behind)
+    assert sum(mine) == len(costs)
+    every = [
+        [b - a for a, b in itertools.pairwise((0, *cuts, len(costs)))]
+        for cuts in itertools.combinations_with_replacement(range(len(costs) + 1), chunks - 1)
+    ]
+    allowed = [split for split in every if all(layers > 0 for layers in split[1:-1])]
+    best = min(costliest(costs, split, before, behind) for split in allowed)
+    assert costliest(costs, mine, before, behind) == pytest.approx(best)
+
+
+def test_letters() -> None:
+    assert as_layout([1, 3]) == "Et|tttL"
+    assert as_layout([0, 4]) == "E|ttttL"
+
+
+def infimm_llama(**changes: object) -> RunConfig:
+    base = recipe("decoder-tiny")
+    tower = eva_tower("EVA01-CLIP-g/14-224")
+    decoder = base.decoder.replace(
+        num_layers=40,
+        hidden_size=5120,
+        ffn_hidden_size=13824,
+        num_attention_heads=40,
+        num_query_groups=40,
+        kv_channels=128,
+        vocab_size=32002,
+        max_position_embeddings=4096,
+    )
+    parts = InfiMMConfig(
+        model_type="infimm-llama",
+        tower=tower,
+        resampler=ResamplerConfig(width=tower.width),
+        cross_attention=CrossAttentionConfig(every_n_layers=4),
+    )
+    run = base.replace(
+        decoder=decoder,
+        infimm=parts,
+        train=base.train.replace(seq_length=384),
+        parallel=ParallelConfig(pipeline_model_parallel_size=4),
+    )
+    return run.replace(**changes)
+
+
+def test_images_take_layers_from_the_first_stage() -> None:
+    run = infimm_llama(trainable=("cross_attention", "resampler"))
+    few, many = (balanced_layout(run, images).split("|")[0].count("t") for images in (0.1, 6.0))
+    assert many < few
+    ahead = run.replace(parallel=run.parallel.replace(vision_over="all_stages"))
+    assert balanced_layout(ahead, 6.0).split("|")[0].count("t") > many
+
+
+def test_frozen_parts_cost_less() -> None:
+    trained, frozen = (row_costs(infimm_llama(trainable=t), 1.0) for t in (("decoder",), ()))
+    assert frozen.layers[0] == pytest.approx(trained.layers[0] * 2 / 3)
+    assert frozen.behind == pytest.approx(trained.behind * 2 / 3)
+
+
+def test_a_layer_with_a_gated_block_costs_more() -> None:
+    costs = row_costs(infimm_llama(), 1.0).layers
+    assert len(costs) == 40
+    assert [number for number, cost in enumerate(costs, 1) if cost > min(costs)] == list(range(4, 41, 4))
