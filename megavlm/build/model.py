@@ -23,7 +23,7 @@ from megavlm.model.decoder.state_map import decoder_state_map
 from megavlm.model.empty import build_empty
 from megavlm.model.freeze import freeze_all_but
 from megavlm.model.infimm.config import infimm_from_hf
-from megavlm.model.infimm.model import build_infimm
+from megavlm.model.infimm.model import InfiMM, build_infimm
 from megavlm.model.infimm.state_map import infimm_state_map
 from megavlm.model.precision import check_fp8, precision_fields
 from megavlm.model.state_map import StateMap
@@ -67,7 +67,7 @@ def build_model(run: RunConfig, groups: Groups) -> Model:
     build_chunk: ChunkBuilder = (
         partial(build_decoder, run.decoder, *common)
         if run.infimm is None
-        else partial(build_infimm, run.decoder, run.infimm, *common)
+        else partial(build_infimm, run.decoder, run.infimm, "new_tokens" in run.trainable, *common)
     )
     chunks = build_chunks(build_chunk, run.decoder, _transformer_fields(run, engine), run.parallel, groups)
     freeze_all_but(chunks, run.trainable)
@@ -123,6 +123,9 @@ def _fill(model: Model, run: RunConfig, groups: Groups) -> None:
             source = AliasedWeights(folder, state_map.aliases, run.weights.load_hf)
         check_folder(source, state_map, run.weights.load_hf or "fresh weights")
         load_weights(model.parts(), source, state_map, groups.tensor_rank, groups.collection.tp.size())
+    for chunk in model.chunks:
+        if isinstance(chunk, InfiMM):
+            chunk.take_new_rows()
 
 
 def _check_config(folder: HFFolder, run: RunConfig) -> None:

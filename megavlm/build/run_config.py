@@ -77,7 +77,8 @@ class RunConfig(Config):
     infimm: InfiMMConfig | None = None
     """InfiMM's parts around the decoder; none: a decoder alone."""
     trainable: tuple[Part, ...] = ("decoder", "cross_attention", "resampler")
-    """The parts that learn; all others are frozen. The vision tower of InfiMM always is."""
+    """The parts that learn; all others are frozen. `new_tokens`: the two new rows of a frozen decoder's vocabulary.
+    The vision tower of InfiMM is always frozen."""
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     """Degrees of parallelism."""
     recompute: RecomputeConfig = field(default_factory=RecomputeConfig)
@@ -98,6 +99,13 @@ class RunConfig(Config):
     """The vocabulary is padded to a multiple of this times the tensor-parallel ranks."""
 
     def check(self) -> None:
+        require(
+            "new_tokens" not in self.trainable or (self.infimm is not None and "decoder" not in self.trainable),
+            self,
+            "trainable",
+            "has rows of their own for the new tokens, which only InfiMM with a frozen decoder needs",
+            "leave out new_tokens (a trained decoder learns them anyway), or decoder",
+        )
         longest = self.decoder.longest_text
         is_window = longest == self.decoder.sliding_window
         require(

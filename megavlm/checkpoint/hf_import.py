@@ -84,6 +84,8 @@ def load_weights(
     entries = {entry.ours: entry for entry in state_map.entries}
     tied_output = entries.get("embedding.word_embeddings.weight")
     for name, parameter in (pair for chunk in chunks for pair in named_parameters(chunk)):
+        if getattr(parameter, "beside_vocabulary", False):
+            continue  # rows of the vocabulary that learn apart: taken from it once it is filled
         # With tied embeddings the last stage holds a second copy of the embedding under the output layer's name.
         entry = entries.get(name, tied_output if name == "output_layer.weight" else None)
         assert entry is not None, f"{name} stands in no row of the state map"

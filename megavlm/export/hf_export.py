@@ -49,6 +49,8 @@ def export_model(
     overwrite: bool = False,
 ) -> None:
     """Write the folder; every rank calls it, and it exists for all of them when it returns."""
+    for chunk in model.chunks:
+        chunk.settle()
     with agreed():
         if groups.rank == 0:
             open_staging(folder, overwrite)
@@ -85,7 +87,8 @@ def folder_tensors(
     entries = {entry.ours: entry for entry in state_map.entries}
     for name, parameter in (pair for chunk in chunks for pair in named_parameters(chunk)):
         if name not in entries:
-            assert name == "output_layer.weight", name  # the last stage's copy of a tied embedding
+            # The last stage's copy of a tied embedding, and rows that have been merged into the vocabulary.
+            assert name == "output_layer.weight" or getattr(parameter, "beside_vocabulary", False), name
             continue
         whole = _gather(value(parameter), entries[name], tensor_group)
         if whole is not None:

@@ -12,13 +12,15 @@ from typing import Literal
 
 from torch import nn
 
-Part = Literal["decoder", "cross_attention", "resampler"]
+Part = Literal["decoder", "cross_attention", "resampler", "new_tokens"]
 
 
 def part_of(parameter_name: str) -> Part:
     """The part that a parameter of a pipeline chunk belongs to."""
     if parameter_name.startswith("resampler."):
         return "resampler"
+    if parameter_name.startswith("new_"):
+        return "new_tokens"
     return "cross_attention" if ".gated." in parameter_name else "decoder"
 
 

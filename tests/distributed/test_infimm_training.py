@@ -15,8 +15,15 @@ from torch import Tensor
 from megavlm.batch import Media, TextBatch, next_token_batch, preceding_images
 from megavlm.build.from_folder import run_from_folder
 from megavlm.build.model import Model, build_model, state_map_of
-from megavlm.build.run_config import DataParallelConfig, OptimizerConfig, ParallelConfig, PrecisionConfig, RunConfig
-from megavlm.export.hf_export import folder_tensors
+from megavlm.build.run_config import (
+    DataParallelConfig,
+    OptimizerConfig,
+    ParallelConfig,
+    PrecisionConfig,
+    RunConfig,
+    WeightsConfig,
+)
+from megavlm.export.hf_export import export_model, folder_tensors
 from megavlm.infer.cases import Case, case_batches, read_cases
 from megavlm.infer.logits import compute_logits
 from megavlm.infer.verify import verify
@@ -219,3 +226,53 @@ def random_batch(run: RunConfig, images: int, seed: int) -> TextBatch:
 )
 def test_no_rank_waits_in_200_steps_with_scattered_images(world_size: int, degrees: dict[str, Any]) -> None:
     spawn(train_on_scattered_images, world_size, degrees, 200, timeout=300)
+
+
+def train_new_tokens(degrees: dict[str, Any], out: Path) -> None:
+    process_groups.join()
+    run = golden_run(degrees, trainable=(*FROZEN_DECODER, "new_tokens"), optimizer=OptimizerConfig(lr=1e-2))
+    assert run.infimm is not None
+    groups = process_groups.start(run.parallel)
+    model = build_model(run, groups)
+    case = read_cases(GOLDEN / "cases.safetensors")["training_step"]
+    theirs = case.gradients
+    case.gradients = {n: g for n, g in theirs.items() if "gated_cross_attn" in n or ".perceiver." in n}
+    assert all(deviation.is_fine for deviation in verify(model, run, groups, {"training_step": case}))
+
+    model = build_model(run, groups)
+    chunks = wrap_data_parallel(list(model.chunks), run.data_parallel)
+    forward_backward(chunks, case_batches(case, run), groups, model.inputs)
+    new = [run.infimm.eoc_token_id, run.infimm.image_token_id]
+    for chunk in model.chunks:
+        for part, name in (("new_input", "model.embed_tokens.weight"), ("new_output", "lm_head.weight")):
+            rows = getattr(chunk, part)
+            if rows is not None:
+                expected = theirs[f"model.lang_encoder.{name}"][new]
+                assert_gradients_close({name: rows.rows.main_grad}, {name: expected})
+
+    optimizer, _ = build_optimizer(chunks, run)
+    for _ in range(3):
+        train_step(chunks, optimizer, case_batches(case, run), groups, model.inputs)
+    trained = compute_logits(model.chunks, case_batches(case, run), groups, run.decoder.vocab_size, model.inputs)
+    export_model(model, run, groups, out)
+    process_groups.stop()
+    again = golden_run(degrees).replace(weights=WeightsConfig(load_hf=str(out)))
+    groups = process_groups.start(again.parallel)
+    model = build_model(again, groups)
+    merged = compute_logits(model.chunks, case_batches(case, again), groups, again.decoder.vocab_size, model.inputs)
+    for mine, from_folder in zip(trained, merged, strict=True):
+        assert_logits_close(mine, from_folder, tolerance=1e-5)
+
+
+@pytest.mark.parametrize("degrees", [{}, TP2, TP2_SP, PP2], ids=["one process", "TP=2", "TP=2 with SP", "PP=2"])
+def test_rows_of_the_new_tokens_learn_in_a_frozen_vocabulary(degrees: dict[str, Any], tmp_path: Path) -> None:
+    world_size = ParallelConfig(**degrees).model_parallel_size
+    spawn(train_new_tokens, world_size, degrees, tmp_path / "hf")
+    golden, trained = tensors_of(GOLDEN), tensors_of(tmp_path / "hf")
+    for name in ("model.lang_encoder.model.embed_tokens.weight", "model.lang_encoder.lm_head.weight"):
+        changed = (golden[name] != trained[name]).any(dim=1).nonzero().flatten().tolist()
+        assert changed == [126, 127], name
+
+
+def tensors_of(folder: Path) -> dict[str, Tensor]:
+    return {name: tensor for file in folder.glob("model*.safetensors") for name, tensor in load_file(file).items()}

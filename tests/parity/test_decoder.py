@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from layouts import every_layout
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -283,4 +284,14 @@ def test_equals_transformers(layout: str, references: tuple[Path, dict[str, dict
     world_size, degrees = LAYOUTS[layout]
     if layout == "TP=4 over 2 key-value heads":
         expected = {family: expected[family] for family in ("mistral", "qwen2")}
+    spawn(check_layout_of_all_families, world_size, degrees, expected, root)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("layout", every_layout(), ids=lambda layout: layout[0])
+def test_equals_transformers_in_every_layout(
+    layout: tuple[str, int, dict[str, Any]], references: tuple[Path, dict[str, dict[str, Any]]]
+) -> None:
+    root, expected = references
+    _, world_size, degrees = layout
     spawn(check_layout_of_all_families, world_size, degrees, expected, root)

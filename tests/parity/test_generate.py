@@ -86,10 +86,11 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, l
     return made
 
 
-def start(folder: Path, degrees: dict[str, Any]) -> tuple[Model, RunConfig, Groups]:
+def start(folder: Path, degrees: dict[str, Any], **changes: Any) -> tuple[Model, RunConfig, Groups]:
     world_size = process_groups.join()
     run = run_from_folder(folder)
     run = run.replace(
+        **changes,
         parallel=ParallelConfig(**degrees),
         precision=PrecisionConfig(params_dtype="float32"),
         make_vocab_size_divisible_by=3,
@@ -246,6 +247,27 @@ def test_infimm_with_a_cache_says_what_it_says_without(layout: str) -> None:
         assert rank["drawn alone"] == rank["drawn"][:1], "neighbours in the batch must not matter"
         is_blind = [seen == blank for seen, blank in zip(rank["greedy"], rank["blank"], strict=True)]
         assert is_blind == [False, True, False], "images must matter where there are any, and nowhere else"
+
+
+def generate_with_new_tokens(degrees: dict[str, Any]) -> tuple[list[list[int]], list[list[int]]]:
+    """Text of a model that trains the new tokens' rows beside its vocabulary, with and without a cache."""
+    model, run, groups = start(GOLDEN, degrees, trainable=("cross_attention", "resampler", "new_tokens"))
+    draw = torch.Generator().manual_seed(3)
+    for name, parameter in model.chunks[0].named_parameters():
+        if name.startswith("new_"):
+            eoc, image = 0, 1
+            parameter.data[eoc] = torch.randn(parameter[eoc].shape, generator=draw)
+            parameter.data[image] *= 0.5
+    prompts = infimm_prompts(run)
+    return generate(model, run, groups, prompts, DRAWN), without_cache(model, run, groups, prompts, DRAWN)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_rows_of_new_tokens_take_part(layout: str) -> None:
+    world_size, degrees = LAYOUTS[layout]
+    for cached, uncached in spawn(generate_with_new_tokens, world_size, degrees):
+        assert cached == uncached
+        assert all(126 in text for text in cached), "the trained row decides"
 
 
 # --- mistakes -------------------------------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from layouts import every_layout
 
 from megavlm.build.from_folder import run_from_folder
 from megavlm.build.model import build_model
@@ -67,3 +68,11 @@ def verify_golden(degrees: dict[str, Any]) -> None:
 def test_golden_cases(layout: str) -> None:
     world_size, degrees = LAYOUTS[layout]
     spawn(verify_golden, world_size, degrees)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("vision_over", ["first_stage", "all_stages"])
+@pytest.mark.parametrize("layout", every_layout(), ids=lambda layout: layout[0])
+def test_golden_cases_in_every_layout(layout: tuple[str, int, dict[str, Any]], vision_over: str) -> None:
+    _, world_size, degrees = layout
+    spawn(verify_golden, world_size, {**degrees, "vision_over": vision_over})

@@ -44,6 +44,9 @@ class Decoder(GPTModel):
         first, last = VocabUtility.vocab_range_from_global_vocab_size(self.vocab_size, rank, size)
         self.real_vocabulary_rows = min(max(decoder.vocab_size - first, 0), last - first)
 
+    def settle(self) -> None:
+        """Write back, before the weights are read, what was trained beside the matrix it belongs to: here nothing."""
+
     def compute_language_model_loss(self, labels: Tensor, logits: Tensor) -> Tensor:
         """Cross entropy a token, not reduced: labels [b, s], logits [s, b, v / tp] -> [b, s]."""
         # Past autograd: the softmax sends exactly nothing back to minus infinity, and recording the assignment would

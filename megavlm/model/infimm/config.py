@@ -67,6 +67,7 @@ def infimm_from_hf(hf: dict[str, Any], where: str = "config.json") -> tuple[Deco
 
 def infimm_to_hf(decoder: DecoderConfig, parts: InfiMMConfig, dtype: str) -> dict[str, Any]:
     """The config.json of an exported folder: the released keys, so that `infimm_from_hf` reads it back."""
+    _refuse_unspoken(parts)
     tower, language = parts.tower, decoder.to_hf(dtype)
     del language["architectures"]
     return {
@@ -94,6 +95,22 @@ def infimm_to_hf(decoder: DecoderConfig, parts: InfiMMConfig, dtype: str) -> dic
         },
         "language": language,
     }
+
+
+def _refuse_unspoken(parts: InfiMMConfig) -> None:
+    """The released config.json has no keys for these, so a folder could not say that they are different."""
+    known = {
+        "resampler": ResamplerConfig(width=parts.tower.width),
+        "cross_attention": CrossAttentionConfig(every_n_layers=parts.cross_attention.every_n_layers),
+    }
+    for name, value in known.items():
+        if getattr(parts, name) != value:
+            raise ConfigError(
+                f"infimm.{name}",
+                getattr(parts, name),
+                "is of sizes that the released config.json cannot say",
+                f"use {value} for a model that is to be exported",
+            )
 
 
 def _ratio(inner: int, width: int) -> float:

@@ -19,6 +19,7 @@ from megavlm.model.decoder.config import DecoderConfig
 from megavlm.model.decoder.model import Decoder, padded_vocab_size
 from megavlm.model.empty import build_empty
 from megavlm.model.infimm.config import InfiMMConfig
+from megavlm.model.infimm.new_tokens import NewInputRows, NewOutputRows
 from megavlm.model.infimm.spec import ChunkLayers, infimm_block
 from megavlm.model.media_rows import append_latents, split_latents
 from megavlm.model.resampler import Resampler
@@ -44,7 +45,12 @@ class InfiMM(Decoder):
     """The decoder of one chunk; latents arrive from the resampler or, behind the first stage, with the text."""
 
     def __init__(
-        self, decoder: DecoderConfig, parts: InfiMMConfig, config: TransformerConfig, **arguments: Any
+        self,
+        decoder: DecoderConfig,
+        parts: InfiMMConfig,
+        config: TransformerConfig,
+        train_new_tokens: bool,
+        **arguments: Any,
     ) -> None:
         super().__init__(decoder, config, **arguments)
         self.parts = parts
@@ -54,6 +60,32 @@ class InfiMM(Decoder):
             self.resampler = build_empty(lambda: Resampler(parts.resampler), device, config.params_dtype)
             for parameter in self.resampler.parameters():
                 parameter.vision_parallel = True  # type: ignore[attr-defined]
+        self.new_input: NewInputRows | None = None
+        self.new_output: NewOutputRows | None = None
+        if train_new_tokens:
+            self._add_new_tokens((parts.eoc_token_id, parts.image_token_id))
+
+    def _add_new_tokens(self, token_ids: tuple[int, ...]) -> None:
+        first_row = self.pg_collection.tp.rank() * (self.vocab_size // self.pg_collection.tp.size())
+        if self.pre_process:
+            self.new_input = NewInputRows(token_ids, self.config, first_row)
+        if self.post_process:
+            self.new_output = NewOutputRows(token_ids, self.config, first_row)
+            self.new_output.watch(self.output_layer)
+
+    def take_new_rows(self) -> None:
+        """Start the new tokens' rows from those of the vocabulary, once that is filled."""
+        if self.new_input is not None:
+            self.new_input.take_from(self.embedding.word_embeddings.weight, self.pg_collection.tp)
+        if self.new_output is not None:
+            self.new_output.take_from(self.output_layer.weight, self.pg_collection.tp)
+
+    def settle(self) -> None:
+        """Merge the new tokens' rows into the vocabulary."""
+        if self.new_input is not None:
+            self.new_input.merge_into(self.embedding.word_embeddings.weight)
+        if self.new_output is not None:
+            self.new_output.merge_into(self.output_layer.weight)
 
     def set_input_tensor(self, input_tensor: Tensor | list[Tensor]) -> None:
         """Keep what the stage before sent: it is taken apart in `forward`, which knows the text's length."""
@@ -62,6 +94,8 @@ class InfiMM(Decoder):
     def forward(self, input_ids: Tensor, *arguments: Any, media: MediaInput, **keywords: Any) -> Tensor:
         latents = self._latents(input_ids.size(1), media)
         block_arguments = {"context": latents, "context_mask": media.token_map}
+        if self.new_input is not None:
+            keywords["decoder_input"] = self.new_input(self.embedding(input_ids, None), input_ids)
         output: Tensor = super().forward(input_ids, *arguments, extra_block_kwargs=block_arguments, **keywords)
         return output if self.post_process else append_latents(output, latents)
 
@@ -94,6 +128,7 @@ class InfiMM(Decoder):
 def build_infimm(
     decoder: DecoderConfig,
     parts: InfiMMConfig,
+    train_new_tokens: bool,
     provider: BackendSpecProvider,
     vocab_divisor: int,
     config: TransformerConfig,
@@ -112,6 +147,7 @@ def build_infimm(
         decoder,
         parts,
         config,
+        train_new_tokens,
         transformer_layer_spec=infimm_block(provider, parts, layers),
         vocab_size=padded_vocab_size(decoder.vocab_size, vocab_divisor, groups.tp.size()),
         pre_process=pre_process,
