@@ -8,7 +8,7 @@ import torch
 
 from megavlm.data.tile_images import Pixels, tile_pixels
 from megavlm.data.tile_tables import centre_tile, image_buffer, packed_patch_rows, resized_images, resized_sizes
-from megavlm.tiles import STAGE_GRIDS, GridConfig, plan_image
+from megavlm.tiles import STAGE_GRIDS, GridConfig, MediaKind, plan_image
 from megavlm_kernels import tile_pack
 
 GRIDS = [
@@ -48,7 +48,7 @@ def test_a_batch_without_images() -> None:
 
 
 @pytest.mark.parametrize("kind", ["image", "one_of_several"])
-def test_images_are_resized_to_the_sizes_that_are_told(kind: str) -> None:
+def test_images_are_resized_to_the_sizes_that_are_told(kind: MediaKind) -> None:
     plan = plan_image(300, 41, kind, GRIDS[0])
     assert [image.shape[:2] for image in resized_images(plan, noise(41, 300))] == resized_sizes(plan)
 

@@ -74,7 +74,7 @@ def grad_rows_kernel(
     begin = tl.load(starts + first + row, mask=is_row, other=0)
     end = tl.load(starts + first + row + 1, mask=is_row, other=0)
     acc = tl.zeros([BLOCK_ROWS, BLOCK_WIDTH], tl.float32)
-    for step in range(0, tl.max(end - begin, 0)):
+    for step in range(tl.max(end - begin, 0)):
         use = begin + step
         acc = add_place(acc, order, weight, grad_out, use, use < end, column, COLUMNS, WIDTH)
     at = grad_rows + row.to(tl.int64)[:, None] * WIDTH + column[None, :]
@@ -104,7 +104,7 @@ def newline_parts_kernel(
 def newline_kernel(parts, grad_newline, number, WIDTH: tl.constexpr, BLOCK_WIDTH: tl.constexpr):
     column = tl.program_id(0) * BLOCK_WIDTH + tl.arange(0, BLOCK_WIDTH)
     total = tl.zeros([BLOCK_WIDTH], tl.float32)
-    for part in range(0, number):
+    for part in range(number):
         total += tl.load(parts + part * WIDTH + column, mask=column < WIDTH, other=0.0)
     tl.store(grad_newline + column, total.to(grad_newline.dtype.element_ty), mask=column < WIDTH)
 

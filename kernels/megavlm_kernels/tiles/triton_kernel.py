@@ -53,10 +53,16 @@ def forward_kernel(
     patch = tl.program_id(1) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     column = tl.program_id(2) * BLOCK_WIDTH + tl.arange(0, BLOCK_WIDTH)
     channel, within = column // (PATCH * PATCH), column % (PATCH * PATCH)
-    y = (top + patch // PER_SIDE * PATCH)[:, None] + (within // PATCH)[None, :]
-    x = (left + patch % PER_SIDE * PATCH)[:, None] + (within % PATCH)[None, :]
-    address = start + (y * width + x) * 3 + channel[None, :]
-    is_inside = (y >= 0) & (y < height) & (x >= 0) & (x < width) & (address >= 0) & (address < image_bytes)
+    patch_y, patch_x = top + patch // PER_SIDE * PATCH, left + patch % PER_SIDE * PATCH
+    y_in_patch, x_in_patch = within // PATCH, within % PATCH
+    # Numbers of 64 bits are kept to rows and columns by themselves: each element adds two of them, no more.
+    from_row = start + (patch_y * width + patch_x) * 3
+    from_column = (y_in_patch * width + x_in_patch) * 3 + channel
+    address = from_row[:, None] + from_column[None, :]
+    y = patch_y.to(tl.int32)[:, None] + y_in_patch[None, :]
+    x = patch_x.to(tl.int32)[:, None] + x_in_patch[None, :]
+    is_inside = (y >= 0) & (y < height.to(tl.int32)) & (x >= 0) & (x < width.to(tl.int32))
+    is_inside &= (address >= 0) & (address < image_bytes)
     keep = (patch < PER_SIDE * PER_SIDE)[:, None] & (column < 3 * PATCH * PATCH)[None, :]
     pixel = tl.load(images + address, mask=keep & is_inside, other=0).to(tl.float32)
     pixel = tl.where(is_inside, pixel, of_channel(channel, border_0, border_1, border_2)[None, :])
