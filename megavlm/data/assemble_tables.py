@@ -83,9 +83,10 @@ def image_sources(plan: ImagePlan) -> tuple[Ints, Floats]:
     else:
         rows, weights = _copied(plan.map_patch_rows().reshape(-1))
     shape = (split.token_rows, split.token_columns, NEIGHBOURS)
-    ends = (part[None].repeat(split.token_rows, 0) for part in _copied(newline))
-    closed = [np.concatenate([part.reshape(shape), end], 1) for part, end in zip((rows, weights), ends, strict=True)]
-    return _joined(base, (closed[0].reshape(-1, NEIGHBOURS), closed[1].reshape(-1, NEIGHBOURS)))
+    end_rows, end_weights = _copied(newline.repeat(split.token_rows))
+    closed_rows = np.concatenate([rows.reshape(shape), end_rows[:, None]], 1).reshape(-1, NEIGHBOURS)
+    closed_weights = np.concatenate([weights.reshape(shape), end_weights[:, None]], 1).reshape(-1, NEIGHBOURS)
+    return _joined(base, (closed_rows, closed_weights))
 
 
 def shrunk(rows: Ints, height: int, width: int) -> tuple[Ints, Floats]:

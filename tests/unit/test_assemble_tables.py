@@ -35,6 +35,14 @@ def test_weights_of_every_token_sum_to_one() -> None:
         assert np.abs(weights.sum(1) - 1).max() < 1e-6 and rows.min() == -1 and rows.max() == plan.patch_rows
 
 
+def test_an_empty_map_leaves_the_base_tile() -> None:
+    plan = plan_image(1, 200, "image", TOY)
+    rows, _ = image_sources(plan)
+    assert plan.split is not None and plan.split.map_columns == 0
+    expected = [*range(4), *[plan.patch_rows] * plan.split.token_rows]
+    assert rows[:, 0].tolist() == expected and len(rows) == plan.tokens
+
+
 @pytest.mark.parametrize("kind", ["image", "one_of_several", "video"])
 def test_single_tiles_have_no_newline(kind: MediaKind) -> None:
     plan = plan_image(50, 40, kind, GridConfig(tile_size=42, tiling="single"), frames=2 if kind == "video" else 1)

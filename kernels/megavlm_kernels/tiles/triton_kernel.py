@@ -16,8 +16,8 @@ import triton.language as tl
 from megavlm_kernels.launch import Launch, ceil_div, power_of_two
 from megavlm_kernels.tiles.reference import CHANNELS, Triple
 
-BLOCK_ELEMENTS = 4096
-"""Of the output in one program: 32 per thread at four warps."""
+BLOCK_ELEMENTS = 2048
+"""Of the output in one program: 16 per thread at four warps; 32 would cost half of the threads a chip can hold."""
 
 
 class Normal(NamedTuple):
