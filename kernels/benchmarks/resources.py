@@ -24,7 +24,7 @@ import torch
 TABLE = Path(__file__).resolve().parents[1] / "resources.csv"
 CHIPS = ("sm_80", "sm_90")
 KEY = ("op", "kernel", "chip", "width")
-"""`width` is that of a head; of a token for gated_residual."""
+"""`width` is that of a head; of a row for the ops without heads."""
 SETTINGS = ("blocks", "warps", "stages")
 NUMBERS = ("registers", "spill_bytes", "shared_bytes")
 COLUMNS = (*KEY, *SETTINGS, *NUMBERS, "triton")
@@ -38,12 +38,18 @@ IMAGES = 48
 MEDIA_TOKENS = 257
 TOKENS = 8 * 384
 MODEL_WIDTHS = (4096, 5120)
+AQUILA_WIDTHS = (1536, 1152)
+"""Of Aquila-VL-2B's decoder and its tower."""
+PATCH, PER_SIDE = 14, 27
+AQUILA_TILES = 10
+AQUILA_POSITIONS = 12288
 POINTERS = {
     torch.bfloat16: "*bf16",
     torch.float16: "*fp16",
     torch.float32: "*fp32",
     torch.int32: "*i32",
     torch.int64: "*i64",
+    torch.uint8: "*u8",
     torch.bool: "*i1",
 }
 
@@ -91,6 +97,36 @@ def gated_launches(width: int, dtype: torch.dtype) -> Iterator[tuple[str, Any]]:
     yield "grad_gate", kernels.grad_gate_launch(parts, gate, gate)
 
 
+def tiles_launches(dtype: torch.dtype) -> Iterator[tuple[str, Any]]:
+    from megavlm_kernels.tiles import triton_kernel as kernels
+
+    images, table = shaped(AQUILA_TILES * 384 * 384 * 3, dtype=torch.uint8), shaped(AQUILA_TILES, 5, dtype=torch.int64)
+    out, half = shaped(AQUILA_TILES * PER_SIDE**2, 3 * PATCH**2, dtype=dtype), (0.5, 0.5, 0.5)
+    normal = kernels.Normal(mean=half, std=half, border=(0, 0, 0))
+    yield "forward", kernels.forward_launch(images, table, out, PATCH, PER_SIDE, normal)
+
+
+def assemble_launches(width: int, dtype: torch.dtype) -> Iterator[tuple[str, Any]]:
+    """Copies through one column, and mixes of four."""
+    from megavlm_kernels.assemble import triton_kernel as kernels
+    from megavlm_kernels.assemble.schedule import assemble_schedule
+
+    rows, features = (
+        shaped(AQUILA_POSITIONS, width, dtype=dtype),
+        shaped(AQUILA_TILES * PER_SIDE**2, width, dtype=dtype),
+    )
+    parts = shaped(kernels.number_of_parts(AQUILA_POSITIONS), width, dtype=torch.float32)
+    first = AQUILA_POSITIONS + len(features)
+    for name, columns in (("copy", 1), ("mix", 4)):
+        index = shaped(AQUILA_POSITIONS, columns, dtype=torch.int32)
+        weight = None if columns == 1 else shaped(AQUILA_POSITIONS, columns, dtype=torch.float32)
+        uses = kernels.Uses(assemble_schedule(index, first + 1), weight, columns)
+        yield f"forward {name}", kernels.forward_launch(rows, features, rows[0], index, weight, rows)
+        yield f"grad_rows {name}", kernels.grad_rows_launch(uses, rows, features, AQUILA_POSITIONS)
+        yield f"newline_parts {name}", kernels.newline_parts_launch(uses, rows, parts, first)
+    yield "newline", kernels.newline_launch(parts, rows[0])
+
+
 def launches(dtype: torch.dtype = torch.bfloat16) -> Iterator[tuple[str, str, int, Any]]:
     """(op, kernel, width, launch) of every kernel at every real shape."""
     for width, heads in HEADS:
@@ -101,6 +137,11 @@ def launches(dtype: torch.dtype = torch.bfloat16) -> Iterator[tuple[str, str, in
     for width in MODEL_WIDTHS:
         for kernel, launch in gated_launches(width, dtype):
             yield "gated_residual", kernel, width, launch
+    for kernel, launch in tiles_launches(dtype):
+        yield "tile_pack", kernel, 3 * PATCH**2, launch
+    for width in AQUILA_WIDTHS:
+        for kernel, launch in assemble_launches(width, dtype):
+            yield "sequence_assemble", kernel, width, launch
 
 
 def compiled(launch: Any, chip: str) -> Any:

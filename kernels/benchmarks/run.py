@@ -16,13 +16,22 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 
 import megavlm_kernels
-from megavlm_kernels import gated_residual, media_attention, media_schedule, resampler_attention
+from megavlm_kernels import (
+    assemble_schedule,
+    gated_residual,
+    media_attention,
+    media_schedule,
+    resampler_attention,
+    sequence_assemble,
+    tile_pack,
+)
 from megavlm_kernels.media.reference import media_attention_reference
 
 RESULTS = Path(__file__).parent / "results.csv"
@@ -35,19 +44,30 @@ Variant = Callable[..., torch.Tensor]
 
 @dataclass(frozen=True)
 class Work:
-    """One op at one shape: `variants` take `inputs` (which get gradients); `flops` of one forward pass."""
+    """One op at one shape: `variants` take `inputs`, which get gradients unless they are pixels.
+
+    Bytes: each input read once, each output written once; `flops` of one forward pass.
+    """
 
     op: str
     shape: str
     inputs: list[torch.Tensor]
     variants: dict[str, Variant]
     flops: float
+    forward_bytes: int
     backward_bytes: int
 
+    @property
+    def passes(self) -> tuple[str, ...]:
+        return ("forward", "forward+backward") if self.backward_bytes else ("forward",)
+
     def bytes(self, passes: str) -> int:
-        """Each input read once, each output (of the first input's shape) written once."""
-        forward = sum(tensor.nbytes for tensor in self.inputs) + self.inputs[0].nbytes
-        return forward if passes == "forward" else forward + self.backward_bytes
+        return self.forward_bytes if passes == "forward" else self.forward_bytes + self.backward_bytes
+
+
+def like_the_first_bytes(inputs: list[torch.Tensor]) -> int:
+    """In: the inputs; out: an output of the first one's shape."""
+    return sum(tensor.nbytes for tensor in inputs) + inputs[0].nbytes
 
 
 def attention_backward_bytes(inputs: list[torch.Tensor]) -> int:
@@ -87,6 +107,7 @@ def resampler_work(name: str, images: int, tokens: int, latents: int, heads: int
         inputs,
         {"kernel": kernel, "plain": plain, "best": best},
         4.0 * images * heads * latents * (tokens + latents) * width,
+        like_the_first_bytes(inputs),
         attention_backward_bytes(inputs),
     )
 
@@ -130,6 +151,7 @@ def media_work(
         inputs,
         {"kernel": kernel, "plain": plain, "best": best},
         4.0 * int((index >= 0).sum()) * latents * heads * width,
+        like_the_first_bytes(inputs),
         attention_backward_bytes(inputs),
     )
 
@@ -148,7 +170,133 @@ def gated_work(name: str, tokens: int, width: int, device: str) -> Work:
     variants: dict[str, Variant] = {"kernel": kernel, "plain": plain, "best": torch.compile(plain)}
     # Backward in: y and the output's gradient, which is x's too; out: y's gradient.
     shape, flops, backward = f"{name}: {tokens} tokens x {width}", 3.0 * tokens * width, 3 * y.nbytes
-    return Work("gated_residual", shape, [x, y, gate], variants, flops, backward)
+    inputs = [x, y, gate]
+    return Work("gated_residual", shape, inputs, variants, flops, like_the_first_bytes(inputs), backward)
+
+
+def tiles_work(name: str, images: int, grid: int, patches: int, patch: int, spare: int, device: str) -> Work:
+    """Images that fill their grids, each behind its base tile; a tile is `spare` pixels wider than its patches."""
+    side, half = patches * patch, (0.5, 0.5, 0.5)
+    tile = side + spare
+    base_bytes, image_bytes = tile**2 * 3, (1 + grid**2) * tile**2 * 3
+    table = torch.tensor(
+        [
+            row
+            for first in range(0, images * image_bytes, image_bytes)
+            for row in (
+                (first, tile, tile, 0, 0),
+                *((first + base_bytes, grid * tile, grid * tile, y * tile, x * tile)
+                  for y in range(grid) for x in range(grid)),
+            )
+        ],
+        device=device,
+    )  # fmt: skip
+
+    def tiles_of(pixels: torch.Tensor) -> torch.Tensor:
+        """uint8 [tiles, 3, tile, tile]."""
+        base, canvas = pixels.view(images, image_bytes).split([base_bytes, image_bytes - base_bytes], 1)
+        in_grid = canvas.view(images, grid, tile, grid, tile, 3).transpose(2, 3).flatten(1, 2)
+        return torch.cat([base.view(images, 1, tile, tile, 3), in_grid], 1).flatten(0, 1).permute(0, 3, 1, 2)
+
+    def patch_rows_of(tiles: torch.Tensor) -> torch.Tensor:
+        cut = tiles[:, :, :side, :side].unflatten(3, (patches, patch)).unflatten(2, (patches, patch))
+        return cut.permute(0, 2, 4, 1, 3, 5).reshape(-1, 3 * patch**2)
+
+    def kernel(pixels: torch.Tensor) -> torch.Tensor:
+        return tile_pack(
+            pixels, table, patch_size=patch, patches_per_side=patches, mean=half, std=half, dtype=torch.bfloat16
+        )
+
+    def plain(pixels: torch.Tensor) -> torch.Tensor:
+        return patch_rows_of((tiles_of(pixels) / 255 - 0.5) / 0.5).bfloat16()
+
+    def best(pixels: torch.Tensor) -> torch.Tensor:
+        """Pixels are moved while they are bytes."""
+        return patch_rows_of(tiles_of(pixels)).float().div_(127.5).sub_(1).bfloat16()
+
+    pixels = torch.randint(0, 256, (images * image_bytes,), dtype=torch.uint8, device=device)
+    values = len(table) * side**2 * 3
+    return Work(
+        "tile_pack",
+        f"{name}: {len(table)} tiles of {patches}x{patches} patches of {patch}x{patch}",
+        [pixels],
+        {"kernel": kernel, "plain": plain, "best": best},
+        0.0,
+        # A value is a byte in and two out; the pixels beyond the last patch are not read.
+        3 * values,
+        0,
+    )
+
+
+def assemble_work(
+    name: str, positions: int, grid: int, side: int, shrunk_side: int | None, width: int, device: str
+) -> Work:
+    """One image, base tile and a full grid, in the middle of text; the embedding of every position is given."""
+    tile, map_side, out_side = side**2, grid * side, shrunk_side or grid * side
+    tokens = tile + out_side * (out_side + 1)
+    first, patch_rows = (positions - tokens) // 2, (1 + grid**2) * tile
+    is_image = torch.zeros(positions, dtype=torch.bool, device=device)
+    is_image[first : first + tokens] = True
+    y, x = torch.arange(map_side, device=device)[:, None], torch.arange(map_side, device=device)[None, :]
+    map_rows = (1 + y // side * grid + x // side) * tile + y % side * side + x % side
+
+    def of_map(rows: torch.Tensor, closing: int) -> torch.Tensor:
+        """[tokens, columns]: what stands in the base tile's rows, then in those of the map, each with its newline."""
+        closed = F.pad(rows.unflatten(0, (out_side, out_side)), (0, 0, 0, 1), value=-1)
+        closed[:, -1, 0] = closing
+        base = F.pad(torch.arange(tile, device=device)[:, None], (0, rows.shape[1] - 1), value=-1)
+        return torch.cat([base, closed.flatten(0, 1)])
+
+    place = ((torch.arange(out_side, device=device) + 0.5) * (map_side / out_side) - 0.5).clamp(min=0)
+    low = place.long()
+    share = torch.stack([1 - place.frac(), place.frac()], 1)
+    ends = torch.stack([low, (low + 1).clamp(max=map_side - 1)], 1)
+    columns = 4 if shrunk_side else 1
+    corners = map_rows[ends[:, None, :, None], ends[None, :, None, :]].flatten(2).flatten(0, 1)[:, :columns]
+    sources = of_map(corners, patch_rows)
+    index = torch.full((positions, columns), -1, device=device)
+    index[:, 0] = torch.arange(positions, device=device)
+    index[is_image] = torch.where(sources < 0, -1, sources + positions)
+    weight = (index >= 0).float()
+    shares = (share[:, None, :, None] * share[None, :, None, :]).flatten(2).flatten(0, 1)
+    weight.masked_scatter_((index >= positions + tile) & (index < positions + patch_rows), shares[:, :columns])
+    index, schedule = index.int(), assemble_schedule(index, positions + patch_rows + 1)
+
+    def small_map(features: torch.Tensor) -> torch.Tensor:
+        """[out_side, out_side, width]"""
+        in_grid = features[tile:].view(grid, grid, side, side, width).permute(4, 0, 2, 1, 3)
+        whole = in_grid.contiguous().flatten(1, 2).flatten(2, 3)
+        return (F.interpolate(whole[None], out_side, mode="bilinear")[0] if shrunk_side else whole).permute(1, 2, 0)
+
+    def kernel(text: torch.Tensor, features: torch.Tensor, newline: torch.Tensor) -> torch.Tensor:
+        return sequence_assemble(text, features, newline, index, weight if shrunk_side else None, schedule)
+
+    def plain(text: torch.Tensor, features: torch.Tensor, newline: torch.Tensor) -> torch.Tensor:
+        closed = torch.cat([small_map(features), newline.expand(out_side, 1, width)], 1)
+        packed = torch.cat([features[:tile], closed.flatten(0, 1)])
+        return text.masked_scatter(is_image[:, None], packed)
+
+    def best(text: torch.Tensor, features: torch.Tensor, newline: torch.Tensor) -> torch.Tensor:
+        """The pieces in one copy: the text before and behind is known to be dense."""
+        if not shrunk_side:
+            return torch.cat([text, features, newline[None]]).index_select(0, index[:, 0])
+        closed = torch.cat([small_map(features), newline.expand(out_side, 1, width)], 1)
+        return torch.cat([text[:first], features[:tile], closed.flatten(0, 1), text[first + tokens :]])
+
+    def draw(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, device=device, dtype=torch.bfloat16)
+
+    row = 2 * width
+    return Work(
+        "sequence_assemble",
+        f"{name}: {positions} positions, {patch_rows} patch rows, {tokens} tokens of an image, width {width}",
+        [draw(positions, width), draw(patch_rows, width), draw(width)],
+        {"kernel": kernel, "plain": plain, "best": best},
+        2.0 * positions * columns * width,
+        # Of the text only what is not an image's; in the backward all rows of text get a gradient.
+        (positions - tokens + patch_rows + 1 + positions) * row + index.nbytes,
+        (2 * positions + patch_rows + 1) * row + index.nbytes,
+    )
 
 
 def works(device: str) -> Iterator[Work]:
@@ -160,10 +308,15 @@ def works(device: str) -> Iterator[Work]:
     yield media_work("InfiMM-Zephyr", 8, 792, 6, 64, 8, 64, device)
     yield gated_work("InfiMM-Llama2-13B", 8 * 384, 5120, device)
     yield gated_work("InfiMM-Zephyr", 8 * 792, 4096, device)
+    yield tiles_work("Aquila-VL-2B, eight images", 8, 3, 27, 14, 6, device)
+    yield assemble_work("Aquila-VL-2B stage 3", 12288, 3, 27, None, 1536, device)
+    yield assemble_work("Aquila-VL-2B stage 2b, map shrunk", 12288, 3, 27, 60, 1536, device)
 
 
 def values(work: Work, variant: str, dtype: torch.dtype, grad_out: torch.Tensor) -> list[torch.Tensor]:
     """[output, gradient of each input] in float32."""
+    if not work.backward_bytes:
+        return [work.variants[variant](*work.inputs).float()]
     inputs = [tensor.to(dtype).requires_grad_() for tensor in work.inputs]
     out = work.variants[variant](*inputs)
     return [value.float() for value in (out.detach(), *torch.autograd.grad(out, inputs, grad_out.to(dtype)))]
@@ -208,19 +361,12 @@ def run_once(variant: Variant, inputs: list[torch.Tensor], grad_out: torch.Tenso
 
 def rows_of(work: Work, ceilings: tuple[float, float]) -> Iterator[dict[str, object]]:
     """A row for each pass and variant, without what describes the machine."""
-    for passes in ("forward", "forward+backward"):
+    grad_out = torch.randn_like(work.variants["plain"](*work.inputs))
+    for passes in work.passes:
         medians = {}
         for variant in ("plain", "best", "kernel"):
             inputs = [tensor.detach().requires_grad_(passes != "forward") for tensor in work.inputs]
-            grad_out = torch.randn_like(inputs[0])
-
-            def call(
-                inputs: list[torch.Tensor] = inputs, grad_out: torch.Tensor = grad_out, name: str = variant
-            ) -> None:
-                result = work.variants[name](*inputs)
-                if result.requires_grad:
-                    torch.autograd.grad(result, inputs, grad_out)
-
+            call = partial(run_once, work.variants[variant], inputs, grad_out)
             p20, p50, p80 = milliseconds(call)
             medians[variant] = p50
             moved = work.bytes(passes)

@@ -51,7 +51,7 @@ def cut_tiles(plan: ImagePlan, pixels: Pixels, resize: Resize = resize_bicubic) 
         assert len(pixels) == plan.tiles, f"{len(pixels)} frames where the plan has {plan.tiles}"
         return np.stack([resize(frame, size, size) for frame in pixels])
     if plan.kind == "one_of_several":
-        return resize(_squared(pixels), size, size)[None]
+        return resize(squared(pixels), size, size)[None]
     base = resize(pixels, size, size)
     if plan.split is None:
         return base[None]
@@ -68,7 +68,7 @@ def _padded(pixels: Pixels, split: Split[int], grid: GridConfig, resize: Resize)
     return canvas
 
 
-def _squared(pixels: Pixels) -> Pixels:
+def squared(pixels: Pixels) -> Pixels:
     """The image in the middle of a grey square.
 
     The square of the long side is held in memory, as in the public code: callers limit that, not only the pixels.

@@ -35,12 +35,15 @@ def small_works(run: ModuleType) -> list:
         run.resampler_work("small", 3, 7, 4, 2, 16, "cpu"),
         run.media_work("small", 2, 24, 3, 4, 2, 16, "cpu"),
         gated,
+        run.tiles_work("small", 2, 2, 3, 4, 1, "cpu"),
+        run.assemble_work("small", 100, 2, 3, None, 8, "cpu"),
+        run.assemble_work("small", 100, 3, 3, 5, 8, "cpu"),
     ]
 
 
 def test_all_variants_compute_the_same(run: ModuleType) -> None:
     for work in small_works(run):
-        grad_out = torch.randn_like(work.variants["plain"](*work.inputs))
+        grad_out = torch.randn_like(work.variants["plain"](*work.inputs), dtype=torch.float32)
         expected = run.values(work, "plain", torch.float32, grad_out)
         for variant in work.variants:
             for found, right in zip(run.values(work, variant, torch.float32, grad_out), expected, strict=True):
@@ -57,11 +60,15 @@ def test_a_red_op_is_refused(run: ModuleType) -> None:
 
 
 def test_bytes_and_operations_follow_the_shape(run: ModuleType) -> None:
-    resampler, media, gated = small_works(run)
+    resampler, media, gated, tiles, copied, mixed = small_works(run)
     assert resampler.flops == 4 * 3 * 2 * 4 * (7 + 4) * 16
     assert media.flops == 4 * 2 * (24 - 8) * 4 * 2 * 16
     assert gated.bytes("forward") == 3 * 10 * 32 * 2 + 2
     assert gated.bytes("forward+backward") == 6 * 10 * 32 * 2 + 2
+    assert tiles.passes == ("forward",) and tiles.bytes("forward") == 10 * 12 * 12 * 3 * 3
+    # Tokens of an image: 9 + 6 * 7 and 9 + 5 * 6; patch rows 45 and 90; the index 4 bytes a place.
+    assert copied.bytes("forward") == (49 + 45 + 1 + 100) * 16 + 400
+    assert mixed.bytes("forward+backward") == (61 + 90 + 1 + 100 + 200 + 90 + 1) * 16 + 3200
 
 
 def test_a_row_holds_every_column(run: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,7 +11,16 @@ from typing import Any
 import pytest
 import torch
 
-from megavlm_kernels import gated_residual, media_attention, media_schedule, resampler_attention, use
+from megavlm_kernels import (
+    assemble_schedule,
+    gated_residual,
+    media_attention,
+    media_schedule,
+    resampler_attention,
+    sequence_assemble,
+    tile_pack,
+    use,
+)
 from megavlm_kernels.dispatch import takes_triton
 
 
@@ -132,3 +141,62 @@ def test_wrong_arguments_of_gated_residual(change: dict[str, torch.Tensor], mess
     right = {"x": torch.ones(2, 3), "y": torch.ones(2, 3), "gate": torch.ones(1), "flag": torch.ones(2)}
     with pytest.raises(ValueError, match="^" + re.escape(message) + "$"):
         gated_residual(**{**right, **change})
+
+
+BYTES, TABLE = torch.zeros(2 * 36, dtype=torch.uint8), torch.tensor([[0, 3, 4, 0, 0], [36, 4, 3, -1, 7]])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"images": BYTES.view(2, 36)}, "images.shape = (2, 36): flatten the pixels of all images to one dimension"),
+        ({"images": BYTES.float()}, "images.dtype = torch.float32: use uint8"),
+        ({"tiles": TABLE[:, :4]}, "tiles.shape = (2, 4): give [tiles, 5]"),
+        ({"tiles": TABLE.int()}, "tiles.dtype = torch.int32: use int64"),
+        ({"patch_size": 0}, "patch_size = 0: use 1 or more"),
+        ({"patches_per_side": -1}, "patches_per_side = -1: use 1 or more"),
+        ({"dtype": torch.float64}, "dtype = torch.float64: use bfloat16, float16 or float32"),
+        ({"tiles": TABLE.to("meta")}, "tiles.device = meta: move it to cpu"),
+        (
+            {"tiles": TABLE + torch.tensor([1, 0, 0, 0, 0])},
+            "tiles[1] = first byte 37, height 4, width 3, top -1, left 7: its image has to lie within the 72 bytes",
+        ),
+        ({"tiles": TABLE * torch.tensor([1, 0, 1, 1, 1])}, "tiles[0] = first byte 0, height 0, width 4, top 0, left 0"),
+    ],
+)
+def test_wrong_arguments_of_tile_pack(change: dict[str, Any], message: str) -> None:
+    right = {"images": BYTES, "tiles": TABLE, "patch_size": 2, "patches_per_side": 1}
+    with pytest.raises(ValueError, match="^" + re.escape(message)):
+        tile_pack(**{**right, **change}, mean=(0, 0, 0), std=(1, 1, 1))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"text": torch.ones(3)}, "text.shape = (3,): give it as [text rows, width]"),
+        ({"features": torch.ones(3, 2)}, "features.shape = (3, 2): it has to be [patch rows, 4]"),
+        ({"newline": torch.ones(1, 4)}, "newline.shape = (1, 4): it has to be (4,)"),
+        ({"index": torch.zeros(5, dtype=torch.int64)}, "index.shape = (5,): give it as [positions, columns]"),
+        ({"index": torch.zeros(5, 2)}, "index.dtype = torch.float32: use int32 or int64"),
+        ({"weight": torch.ones(5)}, "weight.shape = (5,): it has to be that of index, (5, 2)"),
+        ({"weight": torch.ones(5, 2).half()}, "weight.dtype = torch.float16: use float32"),
+        ({"features": torch.ones(3, 4, device="meta")}, "features.device = meta: move it to cpu"),
+        (
+            {"index": torch.tensor([[6, 0], [-1, 0]]), "weight": None},
+            "index = -1 to 6: use 0 to 5 for the 2 rows of text, the 3 of features and the newline, or -1",
+        ),
+        ({"index": torch.full((5, 2), -2)}, "index = -2 to -2: use 0 to 5"),
+    ],
+)
+def test_wrong_arguments_of_sequence_assemble(change: dict[str, Any], message: str) -> None:
+    right = {"text": torch.ones(2, 4), "features": torch.ones(3, 4), "newline": torch.ones(4)}
+    places = {"index": torch.zeros(5, 2, dtype=torch.int64), "weight": torch.ones(5, 2)}
+    with pytest.raises(ValueError, match="^" + re.escape(message)):
+        sequence_assemble(**{**right, **places, **change})
+
+
+def test_an_assemble_schedule_made_for_another_batch_is_refused() -> None:
+    text, index = torch.ones(2, 4), torch.zeros(5, 2, dtype=torch.int64)
+    message = r"schedule of \(places, rows\) = \(10, 6\): make it for \(10, 5\)"
+    with use("triton"), pytest.raises(ValueError, match=message):
+        sequence_assemble(text, text, text[0], index, None, assemble_schedule(index, 6))

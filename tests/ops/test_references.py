@@ -6,15 +6,24 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from op_truth import plain_gated, plain_media, plain_resampler
+from op_truth import plain_assemble, plain_gated, plain_media, plain_resampler, plain_tiles
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from megavlm_kernels import gated_residual, media_attention, media_schedule, resampler_attention
+from megavlm_kernels import (
+    assemble_schedule,
+    gated_residual,
+    media_attention,
+    media_schedule,
+    resampler_attention,
+    sequence_assemble,
+    tile_pack,
+)
 
 Op = Callable[..., torch.Tensor]
 RESAMPLER: Op = resampler_attention
 MEDIA: Op = media_attention
 GATED: Op = gated_residual
+ASSEMBLE: Op = sequence_assemble
 
 
 def draw(*shape: int) -> torch.Tensor:
@@ -66,6 +75,31 @@ def test_gated_is_the_plain_formula(flag: torch.Tensor) -> None:
     assert_same(GATED, plain_gated, [draw(3, 7), draw(3, 7), draw(1)], flag)
 
 
+@pytest.mark.parametrize("columns", [1, 4])
+@pytest.mark.parametrize(("text_rows", "feature_rows"), [(7, 9), (0, 5), (5, 0), (0, 0)])
+def test_assemble_is_the_plain_formula(text_rows: int, feature_rows: int, columns: int) -> None:
+    index = torch.randint(-1, text_rows + feature_rows + 1, (40, columns))
+    weight = None if columns == 1 else torch.rand(40, columns)
+    assert_same(ASSEMBLE, plain_assemble, [draw(text_rows, 6), draw(feature_rows, 6), draw(6)], index, weight)
+
+
+def test_an_index_beyond_the_last_row_counts_as_none_where_it_cannot_be_refused() -> None:
+    """On a GPU the index is not read back; the backward may then not give its gradient to another row."""
+    schedule = assemble_schedule(torch.tensor([[0, 7], [-3, 2], [3, 0]]), 3)
+    uses = [schedule.order[begin:end].tolist() for begin, end in schedule.starts.unfold(0, 2, 1).tolist()]
+    assert uses == [[0, 5], [], [3]]
+
+
+def test_tiles_are_the_plain_formula() -> None:
+    images = torch.randint(0, 256, (600 + 36,), dtype=torch.uint8)
+    table = torch.tensor([[0, 10, 20, -3, 15], [0, 10, 20, 2, 3], [600, 3, 4, -1, -2], [600, 3, 4, 9, 0]])
+    mean, std, border = (0.1, 0.2, 0.3), (0.5, 0.6, 0.7), (9, 8, 7)
+    found = tile_pack(images, table, patch_size=3, patches_per_side=2, mean=mean, std=std, border=border)
+    assert torch.equal(found, plain_tiles(images, table, 3, 2, mean, std, border))
+    rounded = tile_pack(images, table, patch_size=3, patches_per_side=2, mean=mean, std=std, dtype=torch.bfloat16)
+    assert torch.equal(rounded, plain_tiles(images, table, 3, 2, mean, std, (0, 0, 0)).bfloat16())
+
+
 def test_gradcheck() -> None:
     inputs, bounds = resampler_inputs([3, 1], 2, 2, 4)
     assert torch.autograd.gradcheck(lambda *given: RESAMPLER(*given, bounds, 0.5), inputs)
@@ -74,6 +108,9 @@ def test_gradcheck() -> None:
     assert torch.autograd.gradcheck(lambda *given: MEDIA(*given, index, 0.5), of_media)
     flag = torch.tensor([True, False])
     assert torch.autograd.gradcheck(lambda *given: GATED(*given, flag), [draw(2, 3), draw(2, 3), draw(1)])
+    places, weight = torch.tensor([[0, 2], [4, -1], [1, 4], [3, 3]]), torch.rand(4, 2)
+    of_rows = [draw(2, 3), draw(2, 3), draw(3)]
+    assert torch.autograd.gradcheck(lambda *given: ASSEMBLE(*given, places, weight), of_rows)
 
 
 def test_ops_run_on_shapes_alone() -> None:
@@ -84,7 +121,12 @@ def test_ops_run_on_shapes_alone() -> None:
         of_media = [draw(30, 2, 8), draw(3, 4, 2, 8), draw(3, 4, 2, 8)]
         out = MEDIA(*of_media, torch.zeros(30, dtype=torch.int32), 0.3)
         (_, grad_k, _) = torch.autograd.grad(out.sum(), of_media)
+        of_rows, index = [draw(5, 8), draw(6, 8), draw(8)], torch.zeros(9, 4, dtype=torch.int32)
+        (*_, grad_newline) = torch.autograd.grad(ASSEMBLE(*of_rows, index, torch.ones(9, 4)).sum(), of_rows)
+        images, table = torch.zeros(90, dtype=torch.uint8), torch.zeros(2, 5, dtype=torch.int64)
+        packed = tile_pack(images, table, patch_size=3, patches_per_side=2, mean=(0, 0, 0), std=(1, 1, 1))
     assert grad_q.shape == (2, 4, 2, 8) and grad_k.shape == (3, 4, 2, 8)
+    assert grad_newline.shape == (8,) and packed.shape == (8, 27)
 
 
 def boundaries(index: torch.Tensor) -> int:

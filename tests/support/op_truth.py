@@ -51,6 +51,48 @@ def plain_gated(x: torch.Tensor, y: torch.Tensor, gate: torch.Tensor, flag: torc
     return x + flag.to(x.dtype)[:, None] * (gate.tanh().to(x.dtype) * y)
 
 
+def plain_assemble(
+    text: torch.Tensor,
+    features: torch.Tensor,
+    newline: torch.Tensor,
+    index: torch.Tensor,
+    weight: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """One matrix product: how much each position has of each row."""
+    rows = torch.cat([text, features, newline[None]])
+    given = torch.ones(index.shape, device=index.device) if weight is None else weight
+    given = given.to(torch.promote_types(text.dtype, torch.float32))
+    share = given.new_zeros(index.shape[0], rows.shape[0])
+    for column in range(index.shape[1]):
+        named = (index[:, column] >= 0).nonzero()[:, 0]
+        share[named, index[named, column].long()] += given[named, column]
+    return (share @ rows.to(share.dtype)).to(text.dtype)
+
+
+def plain_tiles(
+    images: torch.Tensor,
+    tiles: torch.Tensor,
+    patch_size: int,
+    patches_per_side: int,
+    mean: tuple[float, float, float],
+    std: tuple[float, float, float],
+    border: tuple[float, float, float],
+) -> torch.Tensor:
+    """float32, patch by patch: the image is laid on a canvas of the border that reaches beyond every tile."""
+    side, rows = patch_size * patches_per_side, []
+    for first, height, width, top, left in tiles.tolist():
+        reach = side + max(abs(top), abs(left), height, width)
+        canvas = torch.tensor(border, dtype=torch.float32).expand(2 * reach, 2 * reach, 3).clone()
+        image = images[first : first + height * width * 3].cpu().view(height, width, 3)
+        canvas[reach : reach + height, reach : reach + width] = image.float()
+        for y in range(reach + top, reach + top + side, patch_size):
+            for x in range(reach + left, reach + left + side, patch_size):
+                rows.append(canvas[y : y + patch_size, x : x + patch_size].permute(2, 0, 1).flatten())
+    values = torch.stack(rows).unflatten(1, (3, -1)) if rows else torch.zeros(0, 3, patch_size**2)
+    per_channel = torch.tensor([mean, std])[:, :, None]
+    return ((values / 255 - per_channel[0]) / per_channel[1]).flatten(1).to(images.device)
+
+
 @dataclass(frozen=True)
 class Case:
     """An op's differentiable inputs, in `dtype`, and its other arguments."""

@@ -1,0 +1,1 @@
+"""Token embeddings and image features to packed rows."""

@@ -1,0 +1,1 @@
+"""Decoded images to normalised patch rows, in one pass."""
