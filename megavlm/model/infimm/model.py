@@ -33,8 +33,9 @@ class MediaInput:
     """[2, s, b]: each token's image (-1: none), and whether its sample has one."""
     images: int
     """Images of the microbatch."""
-    features: Tensor | None = None
-    """[own images, tokens, width], first stage only: the tower's features of the images that this rank resamples."""
+    features: Callable[[], Tensor] | None = None
+    """First stage only, and asked by its first chunk alone: the tower's features of the images that this rank
+    resamples, [own images, tokens, width]."""
     gather: Callable[[Tensor], Tensor] | None = None
     """From the latents of its own images to those of all, in order; first stage only."""
 
@@ -101,7 +102,7 @@ class InfiMM(Decoder):
         """[rows, 1, width]: this rank's slice under sequence parallelism, else all."""
         if self.pre_process:
             assert media.features is not None and media.gather is not None
-            latents = media.gather(self.resampler(media.features)).flatten(0, 1).unsqueeze(1)
+            latents = media.gather(self.resampler(media.features())).flatten(0, 1).unsqueeze(1)
             if torch.is_grad_enabled() and not latents.requires_grad:
                 # With a frozen resampler nothing before the first gated block needs a gradient, and full recompute
                 # drops the gradients of everything behind an input that needs none, without a word.
