@@ -116,6 +116,13 @@ class RunConfig(Config):
             f"is longer than the decoder's {'sliding window' if longest == window else 'positions'} of {longest}",
             f"use at most {longest}",
         )
+        require(
+            "new_tokens" not in self.trainable or not self.decoder.tied_embeddings,
+            self,
+            "trainable",
+            "has new_tokens, whose two pairs of rows a tied embedding cannot hold",
+            "leave new_tokens out, or train the decoder",
+        )
         parts = ("decoder",) if self.infimm is None else get_args(Part)
         require(
             any(part in parts for part in self.trainable),
