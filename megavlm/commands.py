@@ -14,7 +14,7 @@ from megavlm.errors import ConfigError
 from megavlm.export.assemble import assemble_infimm, normalise_infimm
 from megavlm.export.hf_export import export_model
 from megavlm.infer.ask import GenerateConfig, answer_question, read_question
-from megavlm.infer.cases import read_cases
+from megavlm.infer.cases import check_cases, read_cases
 from megavlm.infer.verify import as_json, table, verify
 from megavlm.log import get_logger, setup_logging
 from megavlm.model.towers.eva_config import eva_tower
@@ -74,6 +74,7 @@ def verify_hf(arguments: list[str]) -> int:
             own, options = take_options(arguments, ["--hf", "--cases"], flags=["--json"])
             run = _run_of_folder(own["--hf"], options, "verify-hf")
             cases = read_cases(own["--cases"])
+            check_cases(cases, own["--cases"], run)
             check_for_world(run, world_size)
         groups = process_groups.start(run.parallel)
         deviations = verify(build_model(run, groups), run, groups, cases)

@@ -30,9 +30,9 @@ from megavlm.model.state_map import StateMap
 from megavlm.model.towers.eva import EvaTower
 from megavlm.parallel.agree import agreed
 from megavlm.parallel.groups import Groups
-from megavlm.parallel.layout import AUTO, layout_fields
+from megavlm.parallel.layout import AUTO, layers_of_chunks, layout_fields
 from megavlm.parallel.media_inputs import MediaInputs
-from megavlm.parallel.recompute import check_recompute, recompute_fields
+from megavlm.parallel.recompute import check_recompute, check_recompute_units, recompute_fields
 from megavlm.parallel.schedule import InputFunction
 from megavlm.parallel.stages import ChunkBuilder, build_chunks
 from megavlm.platform import machine
@@ -62,7 +62,8 @@ def build_model(run: RunConfig, groups: Groups) -> Model:
         engine = is_transformer_engine(provider)
         check_fp8(run.precision, chip, capability, engine)
         check_recompute(run.recompute, capability is not None, engine)
-    run = with_layout(run)
+        run = with_layout(run)
+        check_recompute_units(run.recompute, layers_of_chunks(run.parallel, run.decoder.num_layers))
     common = (provider, run.make_vocab_size_divisible_by)
     build_chunk: ChunkBuilder = (
         partial(build_decoder, run.decoder, *common)

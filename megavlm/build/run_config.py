@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import get_args
 
 from megavlm.config import Config, require
 from megavlm.errors import LayoutError
@@ -114,6 +115,21 @@ class RunConfig(Config):
             "train.seq_length",
             f"is longer than the decoder's {'sliding window' if is_window else 'positions'} of {longest}",
             f"use at most {longest}",
+        )
+        require(
+            "new_tokens" not in self.trainable or not self.decoder.tied_embeddings,
+            self,
+            "trainable",
+            "has new_tokens, whose two pairs of rows a tied embedding cannot hold",
+            "leave new_tokens out, or train the decoder",
+        )
+        parts = ("decoder",) if self.infimm is None else get_args(Part)
+        require(
+            any(part in parts for part in self.trainable),
+            self,
+            "trainable",
+            "names no part of this model, so nothing would learn",
+            f"use {' or '.join(parts)}",
         )
         require(
             self.make_vocab_size_divisible_by >= 1,

@@ -37,9 +37,13 @@ def open_staging(final: str | Path, overwrite: bool = False) -> Path:
             replaced.rename(final)
     _refuse_existing(final, overwrite)
     staging = staging_path(final)
-    if staging.exists():
-        shutil.rmtree(staging)
-    staging.mkdir(parents=True)
+    try:
+        if staging.exists():
+            shutil.rmtree(staging)
+        staging.mkdir(parents=True)
+    except OSError as error:
+        problem = f"cannot be written: {error.strerror}"
+        raise ConfigError("output folder", str(final), problem, "give a folder that you may write to") from error
     return staging
 
 

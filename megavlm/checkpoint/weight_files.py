@@ -96,7 +96,11 @@ class TorchFile:
 
 def open_weight_file(path: Path) -> SafetensorsFile | TorchFile:
     """Open a file of weights by the format that its name says."""
-    return SafetensorsFile(path) if path.suffix == ".safetensors" else TorchFile(path)
+    try:
+        return SafetensorsFile(path) if path.suffix == ".safetensors" else TorchFile(path)
+    except OSError as error:
+        problem = f"cannot be read: {error.strerror or error}"
+        raise WeightsError("weights file", str(path), problem, "check its permissions and its disk") from error
 
 
 def _read_header(path: Path) -> dict[str, TensorInfo]:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from megavlm.batch import IGNORED, Media, TextBatch, next_token_batch, preceding_images
+from megavlm.build.model import state_map_of
 from megavlm.build.run_config import RunConfig
 from megavlm.checkpoint.weight_files import open_weight_file
 from megavlm.errors import DataError
@@ -35,6 +36,8 @@ class Case:
 
 def read_cases(path: str | Path) -> dict[str, Case]:
     """All cases of a safetensors file, by name."""
+    if not Path(path).is_file():
+        raise DataError("--cases", str(path), "there is no such file", "give a safetensors file of cases")
     file = open_weight_file(Path(path))
     tensors = {name: file.read(name) for name in file.tensors}
     file.close()
@@ -53,6 +56,30 @@ def read_cases(path: str | Path) -> dict[str, Case]:
         else:
             raise DataError(f"{path}: {name}", what, "is nothing a case holds", "see the format in the documentation")
     return cases
+
+
+def check_cases(cases: dict[str, Case], path: str | Path, run: RunConfig) -> None:
+    """Refuse a file that proves nothing, or whose tensors are not of this model's shapes."""
+    shapes = state_map_of(run).folder_shapes()
+    for name, case in cases.items():
+        shape = (*case.input_ids.shape, run.decoder.vocab_size)
+        if case.logits is None and case.loss is None:
+            raise DataError(f"{path}: {name}", None, "holds neither logits nor a loss to compare", "add one of them")
+        if case.gradients and case.loss is None:
+            raise DataError(f"{path}: {name}.loss", None, "is missing beside the gradients", "add it")
+        if case.logits is not None and tuple(case.logits.shape) != shape:
+            raise DataError(
+                f"{path}: {name}.logits", tuple(case.logits.shape), f"should be {shape}", "record them anew"
+            )
+        if not 0 <= int(case.input_ids.min()) <= int(case.input_ids.max()) < run.decoder.vocab_size:
+            problem = f"are not all within the vocabulary of {run.decoder.vocab_size}"
+            raise DataError(f"{path}: {name}.input_ids", int(case.input_ids.max()), problem, "take this model's cases")
+        for tensor, gradient in case.gradients.items():
+            if shapes.get(tensor) != tuple(gradient.shape):
+                problem = f"the model has {shapes.get(tensor, 'no such tensor')}"
+                raise DataError(f"{path}: {name}.grad.{tensor}", tuple(gradient.shape), problem, "record it anew")
+    if not cases:
+        raise DataError(str(path), None, "holds no case", "give a file with tensors like NAME.input_ids")
 
 
 def case_batches(case: Case, run: RunConfig) -> list[TextBatch]:

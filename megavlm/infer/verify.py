@@ -73,6 +73,8 @@ def _verify_case(
 
 def _gradients(name: str, case: Case, chunks: Sequence[nn.Module], run: RunConfig, groups: Groups) -> list[Deviation]:
     trained = [chunk for chunk in chunks if any(parameter.requires_grad for parameter in chunk.parameters())]
+    if not case.gradients:
+        return []
     whole = torch.stack([gradient.double().norm() for gradient in case.gradients.values()]).norm()
     found = []
     for tensor_name, mine in folder_tensors(trained, state_map_of(run), groups.collection.tp, _gradient):

@@ -79,8 +79,12 @@ def start(parallel: ParallelConfig, seed: int = 1234) -> Groups:
         # megatron-core makes a second, gloo, copy of each group for its own checkpoint gathers.
         create_gloo_process_groups=machine.backend() != "gloo",
     )
-    torch.manual_seed(seed)
-    model_parallel_cuda_manual_seed(seed)
+    # Dropout has to differ between stages and between data-parallel ranks. Tensor-parallel ranks share what they drop
+    # of a replicated residual; megatron-core tells them apart where each holds its own slice.
+    data_size = parallel_state.get_data_parallel_world_size()
+    place = parallel_state.get_pipeline_model_parallel_rank() * data_size + parallel_state.get_data_parallel_rank()
+    torch.manual_seed(seed + 10_000 * place)
+    model_parallel_cuda_manual_seed(seed + 10_000 * place)
     return Groups(
         device=machine.prepare(),
         rank=dist.get_rank(),

@@ -157,6 +157,13 @@ def _check_hand_made_layout(parallel: ParallelConfig, decoder: DecoderConfig, wh
         )
 
 
+def layers_of_chunks(parallel: ParallelConfig, num_layers: int) -> list[int]:
+    """How many layers each chunk of a checked layout holds."""
+    if parallel.pipeline_model_parallel_layout is None:
+        return [num_layers // parallel.chunks] * parallel.chunks
+    return [chunk.count("t") for chunk in parallel.pipeline_model_parallel_layout.split("|")]
+
+
 def layout_fields(parallel: ParallelConfig, dtype: torch.dtype, backend: str) -> dict[str, Any]:
     """The fields of TransformerConfig that the layout decides."""
     interleaved = parallel.virtual_pipeline_model_parallel_size > 1

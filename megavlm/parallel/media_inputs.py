@@ -45,9 +45,9 @@ class MediaInputs:
             return MediaInput(token_map, media.images)
         deal = deal_images([1.0] * media.images, self.tensor_group.size())
         own = deal[self.tensor_group.rank()]
-        mine = self._encode(media, own) if features is None else rows_of_images(features, 1, own)
+        encode = partial(self._encode, media, own) if features is None else partial(rows_of_images, features, 1, own)
         gather = partial(gather_images, deal=deal, group=self.tensor_group, gradient="replicated")
-        return MediaInput(token_map, media.images, mine, gather)
+        return MediaInput(token_map, media.images, encode, gather)
 
     @torch.no_grad()
     def _encode(self, media: Media, own: list[int]) -> Tensor:

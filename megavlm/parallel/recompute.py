@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from megavlm.config import Config, option, require
-from megavlm.errors import UnavailableError
+from megavlm.errors import LayoutError, UnavailableError
+from megavlm.parallel.layout import nearest_degrees
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,6 +44,21 @@ def check_recompute(config: RecomputeConfig, on_gpu: bool, has_engine: bool) -> 
             "recomputing layernorm on a GPU needs Transformer Engine, which is not in use here",
             "install the extra megavlm[gpu], or leave layernorm out",
         )
+
+
+def check_recompute_units(config: RecomputeConfig, layers_of_chunks: Sequence[int]) -> None:
+    """Refuse units of layers that leave a rest in a chunk: megatron-core would reach behind its last layer."""
+    if config.granularity != "full" or config.method != "uniform":
+        return
+    for layers in layers_of_chunks:
+        if layers % config.num_layers:
+            fitting = nearest_degrees(config.num_layers, lambda unit: all(n % unit == 0 for n in layers_of_chunks))
+            raise LayoutError(
+                "--recompute-num-layers",
+                config.num_layers,
+                f"does not divide a chunk of {layers} layers",
+                f"use {' or '.join(map(str, fitting))}",
+            )
 
 
 def recompute_fields(config: RecomputeConfig) -> dict[str, Any]:

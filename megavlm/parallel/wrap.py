@@ -118,6 +118,13 @@ def _connect(wrapped: list[DistributedDataParallel], config: DataParallelConfig)
         transformer.param_sync_func = one_or_all([chunk.start_param_sync for chunk in wrapped])
 
 
+def gather_parameters(chunks: list[DistributedDataParallel]) -> None:
+    """Bring every rank's parameters up to date: when their gather overlaps, it waits for a forward pass to come."""
+    for chunk in chunks:
+        if chunk.ddp_config.overlap_param_gather:
+            chunk.start_param_sync(force_sync=True)
+
+
 def make_optimizer(
     chunks: list[DistributedDataParallel],
     config: OptimizerConfig,

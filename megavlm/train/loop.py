@@ -10,7 +10,7 @@ from megavlm.build.run_config import RunConfig
 from megavlm.data.toy_text import toy_step
 from megavlm.log import IterationStats, get_logger, log_iteration
 from megavlm.parallel.groups import Groups
-from megavlm.parallel.wrap import wrap_data_parallel
+from megavlm.parallel.wrap import gather_parameters, wrap_data_parallel
 from megavlm.train.optim import build_optimizer
 from megavlm.train.step import train_step
 
@@ -26,7 +26,7 @@ def train(run: RunConfig, groups: Groups) -> Model:
     began = time.perf_counter()
     for iteration in range(1, run.train.train_iters + 1):
         batches = _batches(run, iteration - 1, groups)
-        learning_rate = scheduler.get_lr(optimizer.param_groups[0])
+        learning_rate = scheduler.get_lr({})  # a stage where all is frozen has no group to ask for
         result = train_step(wrapped, optimizer, batches, groups, model.inputs)
         scheduler.step(increment=1)
         if groups.speaks and iteration % run.train.log_interval == 0:
@@ -45,6 +45,7 @@ def train(run: RunConfig, groups: Groups) -> Model:
                 )
             )
             began = time.perf_counter()
+    gather_parameters(wrapped)
     return model
 
 

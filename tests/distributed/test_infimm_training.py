@@ -276,3 +276,27 @@ def test_rows_of_the_new_tokens_learn_in_a_frozen_vocabulary(degrees: dict[str, 
 
 def tensors_of(folder: Path) -> dict[str, Tensor]:
     return {name: tensor for file in folder.glob("model*.safetensors") for name, tensor in load_file(file).items()}
+
+
+def losses_of_new_tokens(degrees: dict[str, Any], data_parallel: DataParallelConfig) -> list[float]:
+    """Of three steps, on the last stage; each data-parallel rank gets its part of the same four rows."""
+    process_groups.join()
+    run = golden_run(degrees, trainable=("new_tokens",), optimizer=OptimizerConfig(lr=1e-2))
+    groups = process_groups.start(run.parallel)
+    model = build_model(run, groups)
+    chunks = wrap_data_parallel(list(model.chunks), data_parallel)
+    optimizer, _ = build_optimizer(chunks, run.replace(data_parallel=data_parallel))
+    optimizer.param_groups[0]["lr"] = run.optimizer.lr
+    rows = range(groups.data_rank, 4, groups.data_size)
+    batches = [random_batch(run, 1, row) for row in rows]
+    losses = [train_step(chunks, optimizer, batches, groups, model.inputs).loss for _ in range(3)]
+    return losses if groups.is_last_stage else []
+
+
+def test_new_tokens_wait_for_an_overlapped_gather() -> None:
+    """The last stage holds no other trainable parameter whose module could wait for them."""
+    overlapped = DataParallelConfig(overlap_grad_reduce=True, overlap_param_gather=True)
+    (expected,) = spawn(losses_of_new_tokens, 1, {}, DataParallelConfig())
+    assert expected[2] < expected[0]
+    for losses in filter(None, spawn(losses_of_new_tokens, 4, PP2, overlapped)):
+        assert losses == pytest.approx(expected, rel=1e-6)

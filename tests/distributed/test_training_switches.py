@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 from torch import Tensor
 
 from megavlm.build.model import build_model
@@ -23,6 +24,7 @@ from megavlm.parallel.schedule import forward_backward
 from megavlm.parallel.wrap import wrap_data_parallel
 from megavlm.recipes import recipe
 from megavlm.testing import assert_losses_close, spawn
+from megavlm.train.loop import train
 from megavlm.train.optim import build_optimizer
 from megavlm.train.step import train_step
 
@@ -131,3 +133,41 @@ def test_ways_of_data_parallelism_agree() -> None:
 
 def test_bf16_follows_float32_with_masters_in_float32() -> None:
     spawn(compare_bf16, 2)
+
+
+def weights_after_training(run: RunConfig) -> dict[str, Tensor]:
+    """What the loop hands to the exporter."""
+    groups = process_groups.start(run.parallel)
+    model = train(run, groups)
+    process_groups.stop()
+    return {name: parameter.detach().clone() for part in model.parts() for name, parameter in part.named_parameters()}
+
+
+def compare_trained_weights() -> None:
+    process_groups.join()
+    plain = weights_after_training(small_run())
+    overlapped = DataParallelConfig(overlap_grad_reduce=True, overlap_param_gather=True)
+    for name, weight in weights_after_training(small_run(data_parallel=overlapped)).items():
+        assert torch.equal(weight, plain[name]), f"{name} lacks the last step"
+
+
+def test_overlapped_gather_is_complete_when_training_ends() -> None:
+    spawn(compare_trained_weights, 2)
+
+
+def dropped_numbers() -> tuple[list[float], list[float]]:
+    """Of this rank's two generators: the shared one, and the one of its tensor-parallel slice."""
+    process_groups.join()
+    process_groups.start(ParallelConfig(tensor_model_parallel_size=2), seed=5)
+    shared = torch.rand(3).tolist()
+    with get_cuda_rng_tracker().fork():
+        return shared, torch.rand(3).tolist()
+
+
+def test_only_tensor_parallel_ranks_share_what_they_drop() -> None:
+    ranks = spawn(dropped_numbers, 4)
+    (first, second), (third, fourth) = ranks[:2], ranks[2:]
+    assert first[0] == second[0]
+    assert third[0] == fourth[0]
+    assert first[0] != third[0]
+    assert len({tuple(own) for _, own in ranks}) == 4

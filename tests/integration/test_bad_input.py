@@ -66,6 +66,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (["--lr", "-1"], ["--lr", "-1.0", "must be positive"]),
         (["--fp8-format", "hybrid"], ["--fp8-format", "'hybrid'", "this CPU has no GPU", "bfloat16"]),
         (["--transformer-impl", "transformer_engine"], ["not installed here", "megavlm[gpu]"]),
+        (["--trainable", "cross_attention"], ["('cross_attention',)", "names no part of this model", "use decoder"]),
+        (["--export-hf", "/proc/nowhere/hf"], ["/proc/nowhere/hf", "cannot be written"]),
+        (
+            ["--recompute-granularity", "full", "--recompute-num-layers", "3"],
+            ["--recompute-num-layers = 3", "a chunk of 4 layers", "use 2 or 4"],
+        ),
         (["--load-hf", "/nowhere/at/all"], ["/nowhere/at/all"]),
     ],
 )

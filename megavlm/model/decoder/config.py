@@ -114,6 +114,10 @@ class DecoderConfig(Config):
         for ours in ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "vocab_size"):
             if ours not in values:
                 raise ConfigError(f"{where}: {_HF_KEYS[ours]}", None, "is missing", "add it, or take another folder")
+            if not isinstance(values[ours], int) or values[ours] < 1:
+                raise ConfigError(
+                    f"{where}: {_HF_KEYS[ours]}", values[ours], "is no number of at least 1", "take another folder"
+                )
         values.setdefault("num_query_groups", values["num_attention_heads"])
         values.setdefault("kv_channels", values["hidden_size"] // values["num_attention_heads"])
         values.setdefault("norm_epsilon", 1e-6)

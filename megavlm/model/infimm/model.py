@@ -33,8 +33,9 @@ class MediaInput:
     """[2, s, b]: each token's image (-1: none), and whether its sample has one."""
     images: int
     """Images of the microbatch."""
-    features: Tensor | None = None
-    """[own images, tokens, width], first stage only: the tower's features of the images that this rank resamples."""
+    features: Callable[[], Tensor] | None = None
+    """First stage only, and asked by its first chunk alone: the tower's features of the images that this rank
+    resamples, [own images, tokens, width]."""
     gather: Callable[[Tensor], Tensor] | None = None
     """From the latents of its own images to those of all, in order; first stage only."""
     latents: Tensor | None = None
@@ -104,7 +105,7 @@ class InfiMM(Decoder):
         if media.latents is not None:
             return media.latents
         assert media.features is not None and media.gather is not None
-        latents: Tensor = media.gather(self.resampler(media.features))
+        latents: Tensor = media.gather(self.resampler(media.features()))
         return latents.flatten(0, 1).unsqueeze(1)
 
     def _latents(self, text_length: int, media: MediaInput) -> Tensor:

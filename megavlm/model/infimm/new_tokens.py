@@ -78,10 +78,13 @@ class NewOutputRows(NewTokenRows):
         self.rows.vision_parallel = True  # type: ignore[attr-defined]
 
     def watch(self, output_layer: nn.Module) -> None:
-        """Have the columns of the tokens computed from our rows."""
-        output_layer.register_forward_hook(self._replace_columns)
+        """Have the columns of the tokens computed from our rows.
 
-    def _replace_columns(self, layer: nn.Module, inputs: tuple[Any, ...], output: tuple[Tensor, Any]) -> Any:
+        By a call of this module: an overlapped gather of its parameters is waited for by its own hooks.
+        """
+        output_layer.register_forward_hook(self)
+
+    def forward(self, layer: nn.Module, inputs: tuple[Any, ...], output: tuple[Tensor, Any]) -> Any:
         hidden, logits = inputs[0], output[0]
         if self.sequence_parallel:
             hidden = gather_from_sequence_parallel_region(hidden)
