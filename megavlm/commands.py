@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+
+import torch
 
 from megavlm.build.from_folder import run_from_folder
 from megavlm.build.model import build_model
-from megavlm.build.run_config import PrecisionConfig, RunConfig, check_for_world
+from megavlm.build.run_config import PrecisionConfig, RunConfig, check_degrees, check_for_world
 from megavlm.errors import ConfigError
 from megavlm.export.assemble import assemble_infimm, normalise_infimm
 from megavlm.export.hf_export import export_model
@@ -75,7 +77,7 @@ def verify_hf(arguments: list[str]) -> int:
             run = _run_of_folder(own["--hf"], options, "verify-hf")
             cases = read_cases(own["--cases"])
             check_cases(cases, own["--cases"], run)
-            check_for_world(run, world_size)
+            check_degrees(run, world_size)
         groups = process_groups.start(run.parallel)
         deviations = verify(build_model(run, groups), run, groups, cases)
         if groups.rank == 0:
@@ -93,7 +95,7 @@ def export_hf(arguments: list[str]) -> int:
         with agreed():
             own, options = take_options(arguments, ["--hf", "--out"])
             run = _run_of_folder(own["--hf"], options, "export-hf")
-            check_for_world(run, world_size)
+            check_degrees(run, world_size)
             _refuse_existing("--out", own["--out"])
         groups = process_groups.start(run.parallel)
         export_model(build_model(run, groups), run, groups, own["--out"], tokenizer_from=own["--hf"])
@@ -110,12 +112,11 @@ def import_hf(arguments: list[str]) -> int:
     if _wants_help(arguments, usage):
         return 0
     if any(word.partition("=")[0] == "--hf" for word in arguments):
-        own, rest = take_options(arguments, ["--hf", "--out"])
-        dtype = parse_options(PrecisionConfig(), rest, prog="megavlm import-hf").dtype
-        normalise_infimm(own["--hf"], own["--out"], dtype)
+        own, rest = take_options(arguments, ["--hf", "--out"], ["--params-dtype"])
+        normalise_infimm(own["--hf"], own["--out"], _dtype(own, rest))
         return 0
     needed = ["--llm", "--vision", "--tower", "--model-type", "--cross-attn-every-n-layers", "--out"]
-    own, rest = take_options(arguments, needed, ["--seed"])
+    own, rest = take_options(arguments, needed, ["--seed", "--params-dtype"])
     assemble_infimm(
         own["--llm"],
         own["--vision"],
@@ -123,7 +124,7 @@ def import_hf(arguments: list[str]) -> int:
         own["--model-type"],
         _whole_number("--cross-attn-every-n-layers", own["--cross-attn-every-n-layers"]),
         own["--out"],
-        dtype=parse_options(PrecisionConfig(), rest, prog="megavlm import-hf").dtype,
+        dtype=_dtype(own, rest),
         seed=_whole_number("--seed", own.get("--seed", "1234")),
     )
     return 0
@@ -156,6 +157,13 @@ def _run_of_folder(folder: str, options: Sequence[str], command: str) -> RunConf
     """In float32, unless the options say otherwise: these commands compare and convert."""
     run = run_from_folder(folder).replace(precision=PrecisionConfig(params_dtype="float32"))
     return parse_options(run, options, prog=f"megavlm {command}")
+
+
+def _dtype(own: Mapping[str, str], rest: Sequence[str]) -> torch.dtype:
+    """What `--params-dtype` says; any other word is one too many."""
+    if rest:
+        raise ConfigError("import-hf", rest[0], "is no option of this command", "`megavlm import-hf --help` lists them")
+    return PrecisionConfig.from_dict({"params_dtype": own.get("--params-dtype", "bfloat16")}).dtype
 
 
 def _refuse_existing(option: str, folder: str | None) -> None:

@@ -26,6 +26,6 @@ def run_from_folder(path: str | Path) -> RunConfig:
         name=str(path),
         decoder=decoder,
         infimm=parts,
-        train=TrainConfig(seq_length=min(512, decoder.max_position_embeddings)),
+        train=TrainConfig(seq_length=min(512, decoder.longest_text)),
         weights=WeightsConfig(load_hf=str(path)),
     )

@@ -27,6 +27,7 @@ __all__ = [
     "RunConfig",
     "TrainConfig",
     "WeightsConfig",
+    "check_degrees",
     "check_for_world",
 ]
 
@@ -65,6 +66,10 @@ class WeightsConfig(Config):
     """Hugging Face folder to start from; none draws fresh weights from the seed."""
     export_hf: str | None = None
     """Hugging Face folder to write at the end."""
+
+    def check(self) -> None:
+        for name in ("load_hf", "export_hf"):
+            require(getattr(self, name) != "", self, name, "is empty", "name a folder, or leave it out")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -145,8 +150,8 @@ class RunConfig(Config):
         return self.train.global_batch_size // (self.train.micro_batch_size * data_ranks)
 
 
-def check_for_world(run: RunConfig, world_size: int) -> None:
-    """Refuse a run that cannot be laid out over `world_size` processes."""
+def check_degrees(run: RunConfig, world_size: int) -> None:
+    """Refuse a model that cannot be laid out over `world_size` processes."""
     check_layout(run.parallel, run.decoder, world_size)
     tensor = run.parallel.tensor_model_parallel_size
     if run.infimm is not None and run.infimm.cross_attention.heads % tensor:
@@ -157,6 +162,12 @@ def check_for_world(run: RunConfig, world_size: int) -> None:
             f"does not divide the {heads} heads of the gated cross-attention",
             f"use {' or '.join(map(str, nearest_degrees(tensor, lambda degree: heads % degree == 0)))}",
         )
+
+
+def check_for_world(run: RunConfig, world_size: int) -> None:
+    """Refuse a run that cannot be laid out over `world_size` processes, its batch included."""
+    check_degrees(run, world_size)
+    tensor = run.parallel.tensor_model_parallel_size
     if run.parallel.sequence_parallel and run.train.seq_length % tensor:
         raise LayoutError(
             "train.seq_length",

@@ -41,6 +41,8 @@ def check_folder(source: WeightSource, state_map: StateMap, where: str, prefix: 
             where, missing[0], f"{len(missing)} of {len(expected)} tensors are missing", "take a complete folder"
         )
     tied = "lm_head.weight" not in expected
+    if tied and "lm_head.weight" in found:
+        _refuse_another_head(source, where)
     unknown = sorted(found - expected.keys() - ({"lm_head.weight"} if tied else set()))
     if unknown:
         raise WeightsError(
@@ -50,6 +52,17 @@ def check_folder(source: WeightSource, state_map: StateMap, where: str, prefix: 
         _check_shape(source, name, shape, where)
     for name in sorted(constants):
         _check_constant(source, name, state_map.constants[name], where)
+
+
+def _refuse_another_head(source: WeightSource, where: str) -> None:
+    """With tied embeddings a folder may store the output layer as well, but not another one."""
+    if not torch.equal(source.read("lm_head.weight"), source.read("model.embed_tokens.weight")):
+        raise WeightsError(
+            where,
+            "lm_head.weight",
+            "differs from model.embed_tokens.weight, although config.json says tie_word_embeddings",
+            "set tie_word_embeddings to false if the output layer was trained apart",
+        )
 
 
 def _check_shape(source: WeightSource, name: str, shape: tuple[int, ...], where: str) -> None:

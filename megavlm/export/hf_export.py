@@ -55,6 +55,9 @@ def export_model(
         if groups.rank == 0:
             open_staging(folder, overwrite)
     part = _write_part(model, run, groups, staging_path(folder)) if groups.holds_first_copy else None
+    with agreed():
+        if isinstance(part, OSError):
+            raise part
     parts: list[PartIndex | None] = [None] * groups.world_size
     dist.all_gather_object(parts, part)
     with agreed():
@@ -63,15 +66,27 @@ def export_model(
             finish(staging_path(folder), folder, [p for p in parts if p is not None], extra, overwrite)
 
 
-def _write_part(model: Model, run: RunConfig, groups: Groups, staging: Path) -> PartIndex | None:
-    """This stage's shards, written by its first tensor-parallel rank; the others only send their slices."""
+def _write_part(model: Model, run: RunConfig, groups: Groups, staging: Path) -> PartIndex | OSError | None:
+    """This stage's shards, written by its first tensor-parallel rank; the others only send their slices.
+
+    A disk that fails is reported when all slices have been sent, so that no rank is left waiting for another.
+    """
     writer = HFWriter(staging, part=(groups.pipeline_rank, groups.pipeline_size)) if groups.tensor_rank == 0 else None
+    failure: OSError | None = None
     # Where all stages encode, each holds the tower; the first one writes it.
     parts = model.parts() if groups.pipeline_rank == 0 else model.chunks
     for name, tensor in folder_tensors(parts, state_map_of(run), groups.collection.tp):
-        if writer:
-            writer.add(name, tensor.to(run.precision.dtype))
-    return writer.close() if writer else None
+        if writer and failure is None:
+            try:
+                writer.add(name, tensor.to(run.precision.dtype))
+            except OSError as error:
+                failure = error
+    if writer is None or failure:
+        return failure
+    try:
+        return writer.close()
+    except OSError as error:
+        return error
 
 
 def folder_tensors(

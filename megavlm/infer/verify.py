@@ -9,11 +9,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from megavlm.batch import TextBatch
 from megavlm.build.model import Model, state_map_of
 from megavlm.build.run_config import DataParallelConfig, RunConfig
 from megavlm.export.hf_export import folder_tensors
 from megavlm.infer.cases import Case, case_batches
 from megavlm.infer.logits import compute_logits
+from megavlm.parallel.agree import agreed
 from megavlm.parallel.groups import Groups
 from megavlm.parallel.schedule import forward_backward
 from megavlm.parallel.wrap import wrap_data_parallel
@@ -44,17 +46,30 @@ def verify(model: Model, run: RunConfig, groups: Groups, cases: dict[str, Case])
     """Every case through the model; all ranks return all deviations."""
     # Without the distributed optimizer every rank holds the whole reduced gradient.
     chunks = wrap_data_parallel(list(model.chunks), DataParallelConfig(use_distributed_optimizer=False))
-    found = [one for name, case in cases.items() for one in _verify_case(name, case, model, chunks, run, groups)]
+    with agreed():
+        batches = {name: case_batches(case, run) for name, case in cases.items()}
+    found = [
+        one
+        for name, case in cases.items()
+        for one in _verify_case(
+            name, case, [batch.to(groups.device) for batch in batches[name]], model, chunks, run, groups
+        )
+    ]
     everyone: list[list[Deviation]] = [[] for _ in range(groups.world_size)]
     dist.all_gather_object(everyone, found)
     return [deviation for rank in everyone for deviation in rank]
 
 
 def _verify_case(
-    name: str, case: Case, model: Model, chunks: Sequence[nn.Module], run: RunConfig, groups: Groups
+    name: str,
+    case: Case,
+    batches: list[TextBatch],
+    model: Model,
+    chunks: Sequence[nn.Module],
+    run: RunConfig,
+    groups: Groups,
 ) -> list[Deviation]:
     """What this rank found; only the first copy of the model speaks, and in it the first rank of each stage."""
-    batches = [batch.to(groups.device) for batch in case_batches(case, run)]
     found: list[Deviation] = []
     if case.logits is not None:
         logits = compute_logits(chunks, batches, groups, run.decoder.vocab_size, model.inputs)

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 import torch.distributed as dist
 
-from megavlm.errors import MegavlmError
+from megavlm.errors import MegavlmError, UnavailableError
 
 
 @contextmanager
@@ -21,6 +21,9 @@ def agreed() -> Iterator[None]:
         yield
     except MegavlmError as error:
         mine = error
+    except OSError as error:
+        problem = f"failed: {error.strerror or error}"
+        mine = UnavailableError("the file system", str(error.filename), problem, "check disk space and permissions")
     if not dist.is_initialized() or dist.get_backend() == "fake":  # alone, or with others that are only imagined
         if mine is not None:
             raise mine

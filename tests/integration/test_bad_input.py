@@ -73,6 +73,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
             ["--recompute-num-layers = 3", "a chunk of 4 layers", "use 2 or 4"],
         ),
         (["--load-hf", "/nowhere/at/all"], ["/nowhere/at/all"]),
+        (["--export-hf", ""], ["--export-hf", "is empty", "name a folder"]),
     ],
 )
 def test_wrong_options(options: list[str], expected: list[str]) -> None:

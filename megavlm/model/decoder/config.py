@@ -61,6 +61,12 @@ class DecoderConfig(Config):
     """Whether the output layer is the embedding itself."""
     sliding_window: int | None = None
     """Attention window of the published config; only sequences up to this length are accepted: it changes nothing."""
+    bos_token_id: int | None = None
+    """The token that begins a text, kept for the exported folder."""
+    eos_token_ids: tuple[int, ...] = ()
+    """The tokens that end a text, kept for the exported folder: without them generation does not stop."""
+    pad_token_id: int | None = None
+    """The token of padding, kept for the exported folder."""
     init_method_std: float = 0.02
     """Standard deviation of fresh weights."""
     hidden_dropout: float = 0.0
@@ -123,9 +129,17 @@ class DecoderConfig(Config):
         values.setdefault("norm_epsilon", 1e-6)
         if family == "qwen2" and not hf.get("use_sliding_window", False):
             values.pop("sliding_window", None)
-        rotary = hf.get("rope_parameters") or {}
-        base = rotary.get("rope_theta", hf.get("rope_theta", 10000))
-        return cls.from_dict({**values, "family": family, "rotary_base": int(base), "add_qkv_bias": family == "qwen2"})
+        base = (hf.get("rope_parameters") or {}).get("rope_theta", hf.get("rope_theta", 10000))
+        if base != int(base):
+            raise ConfigError(f"{where}: rope_theta", base, "only whole numbers are supported", "take a model with one")
+        ends = hf.get("eos_token_id")
+        values |= {
+            "rotary_base": int(base),
+            "bos_token_id": hf.get("bos_token_id"),
+            "eos_token_ids": [] if ends is None else ends if isinstance(ends, list) else [ends],
+            "pad_token_id": hf.get("pad_token_id"),
+        }
+        return cls.from_dict({**values, "family": family, "add_qkv_bias": family == "qwen2"})
 
     def to_hf(self, dtype: str) -> dict[str, Any]:
         """The config.json of the exported folder, in the spelling that old and new transformers read."""
@@ -140,6 +154,11 @@ class DecoderConfig(Config):
             "attention_dropout": self.attention_dropout,
             "rope_theta": float(self.rotary_base),
             "rope_parameters": {"rope_type": "default", "rope_theta": float(self.rotary_base)},
+            "bos_token_id": self.bos_token_id,
+            "eos_token_id": list(self.eos_token_ids)
+            if len(self.eos_token_ids) > 1
+            else next(iter(self.eos_token_ids), None),
+            "pad_token_id": self.pad_token_id,
             "use_cache": True,
             "torch_dtype": dtype,
         }
@@ -147,6 +166,8 @@ class DecoderConfig(Config):
 
 def _refuse_foreign_settings(hf: dict[str, Any], where: str) -> None:
     scaling = hf.get("rope_scaling") or hf.get("rope_parameters") or {}
+    if not isinstance(scaling, dict):
+        raise ConfigError(f"{where}: rope_parameters", scaling, "is no mapping", "take an undamaged config.json")
     kind = scaling.get("rope_type", scaling.get("type", "default"))
     only = {
         "hidden_act": (hf.get("hidden_act", "silu"), "silu"),
