@@ -7,6 +7,8 @@ import torch
 from op_truth import Case, assert_near_truth, plain_assemble
 
 from megavlm_kernels import assemble_schedule, sequence_assemble
+from megavlm_kernels.assemble.reference import sequence_assemble_reference
+from megavlm_kernels.assemble.triton_kernel import forward
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -83,6 +85,15 @@ def test_nothing_named(device: torch.device, positions: int, feature_rows: int) 
     index = torch.full_like(drawn.others[0], -1)
     for found in Case(drawn.inputs, (index, drawn.others[1]), drawn.grad_out).run(sequence_assemble):
         assert (found == 0).all()
+
+
+def test_an_index_beyond_the_last_row_counts_as_none(device: torch.device) -> None:
+    """On a GPU the index is not read back; memory that is not the sources' may then not be read."""
+    text, features, newline = (torch.ones(shape, device=device) for shape in ((2, 5), (3, 5), (5,)))
+    index = torch.tensor([[5], [6], [2_000_000_000], [-7], [0]], dtype=torch.int32, device=device)
+    found = forward(text, features, newline, index, None)
+    assert torch.equal(found, sequence_assemble_reference(text, features, newline, index, None))
+    assert found[:, 0].tolist() == [1, 0, 0, 0, 1]
 
 
 @pytest.mark.parametrize("positions", [1, 127, 1000])

@@ -7,6 +7,8 @@ import torch
 from op_truth import plain_tiles
 
 from megavlm_kernels import tile_pack
+from megavlm_kernels.tiles.reference import tile_pack_reference
+from megavlm_kernels.tiles.triton_kernel import Normal, forward
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 HALF = (0.5, 0.5, 0.5)
@@ -70,6 +72,15 @@ def test_every_byte_is_divided_exactly(device: torch.device) -> None:
     found = tile_pack(images, table, patch_size=16, patches_per_side=1, mean=mean, std=std)
     expected = plain_tiles(images, table, 16, 1, mean, std, (0, 0, 0))
     assert torch.equal(found, expected)
+
+
+def test_pixels_beyond_the_buffer_count_as_outside(device: torch.device) -> None:
+    """On a GPU the table is not read back; memory that is not the images' may then not be read."""
+    images = torch.full((12,), 255, dtype=torch.uint8, device=device)
+    table = torch.tensor([[-6, 2, 2, 0, 0], [6, 2, 2, 0, 0], [1 << 40, 2, 2, 0, 0]], device=device)
+    found = forward(images, table, 2, 1, Normal(HALF, HALF, (0, 0, 0)), torch.float32)
+    assert torch.equal(found, tile_pack_reference(images, table, 2, 1, HALF, HALF, (0, 0, 0), torch.float32))
+    assert (found == 1).sum(1).tolist() == [6, 6, 0]
 
 
 def test_no_tiles(device: torch.device) -> None:
