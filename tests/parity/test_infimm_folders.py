@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from eva_cases import TINY, released_state
 from infimm_hf import offline
 from safetensors.torch import load_file, save_file
 
@@ -23,54 +24,12 @@ from megavlm.export.hf_export import export_model
 from megavlm.infer.cases import Case, case_batches, read_cases
 from megavlm.infer.logits import compute_logits
 from megavlm.infer.verify import table, verify
-from megavlm.model.towers.eva import EvaTower
-from megavlm.model.towers.eva_config import EvaConfig
 from megavlm.parallel import groups as process_groups
 from megavlm.testing import spawn
 
 GOLDEN = Path(__file__).parents[1] / "fixtures" / "infimm_zephyr_tiny"
 
-TOWERS = {
-    "L": EvaConfig(
-        image_size=28,
-        patch_size=14,
-        width=32,
-        depth=2,
-        head_width=16,
-        mlp_width=85,
-        mlp="swiglu",
-        sub_norm=True,
-        rope=True,
-        post_norm=False,
-        head_dim_out=8,
-    ),
-    "g": EvaConfig(
-        image_size=28,
-        patch_size=14,
-        width=44,
-        depth=2,
-        head_width=22,
-        mlp_width=96,
-        mlp="gelu",
-        sub_norm=False,
-        rope=False,
-        post_norm=False,
-        head_dim_out=8,
-    ),
-    "E": EvaConfig(
-        image_size=28,
-        patch_size=14,
-        width=56,
-        depth=2,
-        head_width=28,
-        mlp_width=120,
-        mlp="gelu",
-        sub_norm=False,
-        rope=False,
-        post_norm=True,
-        head_dim_out=8,
-    ),
-}
+TOWERS = {name: TINY[name] for name in ("L", "g", "E")}
 
 
 def float32(run: RunConfig, **degrees: Any) -> RunConfig:
@@ -101,25 +60,11 @@ def parts(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
     transformers.LlamaForCausalLM(config).save_pretrained(root / "llm")
     for name, tower in TOWERS.items():
-        eyes = EvaTower(tower)
-        for parameter in eyes.parameters():
-            torch.nn.init.normal_(parameter, std=0.1)
-        save_eva_clip(eyes, tower, root / f"{name}.pt")
+        eyes = released_state(tower, prefix="visual.")
+        torch.save(
+            {**eyes, "logit_scale": torch.ones(()), "text.positional_embedding": torch.zeros(4, 4)}, root / f"{name}.pt"
+        )
     return root
-
-
-def save_eva_clip(eyes: EvaTower, tower: EvaConfig, file: Path) -> None:
-    from megavlm.export.hf_export import _take_apart
-    from megavlm.model.towers.eva_state_map import eva_state_map
-
-    state_map = eva_state_map(tower, theirs="visual.")
-    held = dict(eyes.named_parameters())
-    state = {
-        name: tensor.detach().clone()
-        for entry in state_map.entries
-        for name, tensor in _take_apart(held[entry.ours].detach(), entry, state_map, 1)
-    }
-    torch.save({**state, "logit_scale": torch.ones(()), "text.positional_embedding": torch.zeros(4, 4)}, file)
 
 
 def case_with_images(run: RunConfig) -> Case:
@@ -319,8 +264,8 @@ def test_bad_folders_end_in_one_line(damage: Any, message: str, tmp_path: Path) 
 @pytest.mark.parametrize(
     "images, message",
     [
-        (torch.zeros(2, 1, 3, 28, 28), r"row 0: tags of images = 2: only 1 images come"),
-        (torch.zeros(2, 2, 3, 30, 30), r"row 0: images = \(3, 30, 30\): the tower takes \(3, 28, 28\)"),
+        (torch.zeros(2, 1, 3, 20, 20), r"row 0: tags of images = 2: only 1 images come"),
+        (torch.zeros(2, 2, 3, 30, 30), r"row 0: images = \(3, 30, 30\): the tower takes \(3, 20, 20\)"),
     ],
 )
 def test_images_that_do_not_fit_their_tags(images: torch.Tensor, message: str, parts: Path, tmp_path: Path) -> None:
