@@ -54,7 +54,7 @@ def read_cases(path: str | Path) -> dict[str, Case]:
         elif what in ("input_ids", "images", "logits", "labels", "loss"):
             setattr(cases[case], what, tensor)
         else:
-            raise DataError(f"{path}: {name}", what, "is nothing a case holds", "see the format in the documentation")
+            raise DataError(f"{path}: {name}", what, "is nothing a case holds", "docs/verify.md has the format")
     return cases
 
 
