@@ -113,20 +113,22 @@ def import_hf(arguments: list[str]) -> int:
         return 0
     if any(word.partition("=")[0] == "--hf" for word in arguments):
         own, rest = take_options(arguments, ["--hf", "--out"], ["--params-dtype"])
-        normalise_infimm(own["--hf"], own["--out"], _dtype(own, rest))
+        with agreed():
+            normalise_infimm(own["--hf"], own["--out"], _dtype(own, rest))
         return 0
     needed = ["--llm", "--vision", "--tower", "--model-type", "--cross-attn-every-n-layers", "--out"]
     own, rest = take_options(arguments, needed, ["--seed", "--params-dtype"])
-    assemble_infimm(
-        own["--llm"],
-        own["--vision"],
-        eva_tower(own["--tower"]),
-        own["--model-type"],
-        _whole_number("--cross-attn-every-n-layers", own["--cross-attn-every-n-layers"]),
-        own["--out"],
-        dtype=_dtype(own, rest),
-        seed=_whole_number("--seed", own.get("--seed", "1234")),
-    )
+    with agreed():
+        assemble_infimm(
+            own["--llm"],
+            own["--vision"],
+            eva_tower(own["--tower"]),
+            own["--model-type"],
+            _whole_number("--cross-attn-every-n-layers", own["--cross-attn-every-n-layers"]),
+            own["--out"],
+            dtype=_dtype(own, rest),
+            seed=_whole_number("--seed", own.get("--seed", "1234")),
+        )
     return 0
 
 

@@ -1,7 +1,7 @@
 """For tests only: run a function on several ranks, and judge how equal two results are.
 
-Ranks are forked from a server process that has torch, megatron-core and this package imported already: a spawn of
-four ranks starts in 0.3 s where fresh interpreters take 12 s on two cores.
+Ranks are forked from a server process that has torch, megatron-core and this package imported already: once that is
+up, four ranks start, join and end in 0.1 s, where one fresh interpreter takes 4 s for its imports.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
     make quickstart
 
-Hardware: two CPU cores. Time: under a minute. Expected: `lm loss` falls below 1, and most continuations are right.
+Hardware: two CPU cores. Time: one to two minutes. Expected: `lm loss` falls below 1, and most continuations are right.
 """
 
 from __future__ import annotations

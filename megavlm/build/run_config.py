@@ -144,11 +144,6 @@ class RunConfig(Config):
             "use 128",
         )
 
-    def microbatches(self, world_size: int) -> int:
-        """Microbatches a step on each data-parallel rank."""
-        data_ranks = world_size // self.parallel.model_parallel_size
-        return self.train.global_batch_size // (self.train.micro_batch_size * data_ranks)
-
 
 def check_degrees(run: RunConfig, world_size: int) -> None:
     """Refuse a model that cannot be laid out over `world_size` processes."""

@@ -8,7 +8,7 @@ from typing import Literal
 
 from megavlm.build.from_folder import run_from_folder
 from megavlm.build.model import build_model
-from megavlm.build.run_config import ParallelConfig, PrecisionConfig, RunConfig
+from megavlm.build.run_config import ParallelConfig, PrecisionConfig, RunConfig, check_degrees
 from megavlm.checkpoint.hf_folder import HFFolder
 from megavlm.config import Config, option
 from megavlm.data.tokenizer import Tokenizer
@@ -17,7 +17,6 @@ from megavlm.infer.generate import Prompt, check_generation, generate
 from megavlm.infer.prompt import read_prompt
 from megavlm.infer.sampling import SamplingConfig
 from megavlm.parallel.groups import Groups
-from megavlm.parallel.layout import check_layout
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,7 +61,7 @@ def read_question(config: GenerateConfig, world_size: int) -> Question:
         parallel=config.parallel.replace(sequence_parallel=False),
         precision=PrecisionConfig(params_dtype=config.params_dtype or _dtype_of(config.hf)),
     )
-    check_layout(run.parallel, run.decoder, world_size)
+    check_degrees(run, world_size)
     tokenizer = Tokenizer(config.hf)
     prompt = read_prompt(config.prompt, config.image, run, tokenizer, config.chat)
     check_generation(run, [prompt], config.sampling)

@@ -1,6 +1,6 @@
 """Modules of plain torch without the drawing of first weights: all weights are filled by name afterwards.
 
-Drawing the 4.4 billion weights of the largest tower takes minutes on a CPU, for nothing.
+The largest tower has 4.4 billion of them, which would be drawn only to be overwritten.
 """
 
 from __future__ import annotations

@@ -167,12 +167,6 @@ def _deal_of_each_microbatch(deal: Deal, images_in: Sequence[int]) -> Iterator[D
         first += count
 
 
-def mark_vision_parallel(module: nn.Module) -> None:
-    """Have the gradients of these parameters summed over the ranks that the images are dealt to."""
-    for parameter in module.parameters():
-        parameter.vision_parallel = True  # type: ignore[attr-defined]
-
-
 def sum_over_ranks(parameters: Iterable[nn.Parameter], group: dist.ProcessGroup) -> None:
     """Sum `main_grad` of the trainable marked parameters over the ranks of the group, in few messages.
 

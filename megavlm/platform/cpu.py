@@ -111,15 +111,13 @@ def _rewrite_function(function: types.FunctionType) -> None:
 def _functions_of(namespace: Any, module_name: str) -> Iterator[types.FunctionType]:
     """Every function defined in the module: plain, decorated, and in its classes (properties included)."""
     for member in list(vars(namespace).values()):
-        if isinstance(member, property):
-            yield from (part for part in (member.fget, member.fset) if isinstance(part, types.FunctionType))
+        if inspect.isclass(member):
+            if member.__module__ == module_name:
+                yield from _functions_of(member, module_name)
             continue
-        function = inspect.unwrap(getattr(member, "__func__", member)) if callable(member) else member
-        function = getattr(member, "__func__", function)
-        if inspect.isclass(member) and member.__module__ == module_name:
-            yield from _functions_of(member, module_name)
-        elif isinstance(function, types.FunctionType):
-            function = inspect.unwrap(function)
+        # A static or class method holds its function; a property holds two.
+        held = (member.fget, member.fset) if isinstance(member, property) else (getattr(member, "__func__", member),)
+        for function in map(inspect.unwrap, filter(callable, held)):
             if isinstance(function, types.FunctionType) and function.__module__ == module_name:
                 yield function
 
@@ -132,8 +130,7 @@ def _rewrite_module(module: types.ModuleType) -> None:
 def _without_compiler() -> None:
     """Keep megatron-core's small fused functions eager.
 
-    They are wrapped in torch.compile when their modules are imported; on a CPU each process would spend seconds in a
-    C++ compiler for functions that the CPU runs no faster.
+    They are wrapped in torch.compile when their modules are imported; on a CPU each process would start a C++ compiler.
     """
     jit = importlib.import_module("megatron.core.jit")
     jit.disable_jit_fuser()

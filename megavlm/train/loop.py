@@ -9,6 +9,7 @@ from megavlm.build.model import Model, build_model
 from megavlm.build.run_config import RunConfig
 from megavlm.data.toy_text import toy_step
 from megavlm.log import IterationStats, get_logger, log_iteration
+from megavlm.model.freeze import count_parts
 from megavlm.parallel.groups import Groups
 from megavlm.parallel.wrap import gather_parameters, wrap_data_parallel
 from megavlm.train.optim import build_optimizer
@@ -23,6 +24,8 @@ def train(run: RunConfig, groups: Groups) -> Model:
     wrapped = wrap_data_parallel(list(model.chunks), run.data_parallel)
     optimizer, scheduler = build_optimizer(wrapped, run)
     logger.info("training %s on %d processes", run.name, groups.world_size)
+    for count in count_parts(model.chunks):
+        logger.info("%s: %d parameters on this rank, %d of them trained", count.part, count.parameters, count.trained)
     began = time.perf_counter()
     for iteration in range(1, run.train.train_iters + 1):
         batches = _batches(run, iteration - 1, groups)

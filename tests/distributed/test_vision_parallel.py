@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from vision_cases import CASES, TOWER, DealtVision, loss_of_one_process, patches_of, projection, vision
 
+from megavlm.model.towers import mark_vision_parallel
 from megavlm.parallel import groups as process_groups
 from megavlm.parallel import vision_parallel
 from megavlm.parallel.layout import ParallelConfig
@@ -18,7 +19,6 @@ from megavlm.parallel.vision_parallel import (
     deal_images,
     encode_ahead,
     gather_images,
-    mark_vision_parallel,
     rows_of_images,
     sum_over_ranks,
 )

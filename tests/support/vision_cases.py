@@ -11,9 +11,10 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
 from megavlm.model.resampler import Resampler, ResamplerConfig
+from megavlm.model.towers import mark_vision_parallel
 from megavlm.model.towers.eva import EvaTower
 from megavlm.parallel.groups import Groups
-from megavlm.parallel.vision_parallel import Deal, Gradient, encode_dealt, mark_vision_parallel, rows_of_images
+from megavlm.parallel.vision_parallel import Deal, Gradient, encode_dealt, rows_of_images
 
 TOWER = TINY["L"].replace(image_size=8, depth=1)
 RESAMPLER = ResamplerConfig(width=TOWER.width, depth=1, num_latents=4, heads=2, head_width=8)

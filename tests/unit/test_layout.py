@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from megavlm.build.run_config import RunConfig, check_for_world
+from megavlm.build.run_config import check_for_world
 from megavlm.errors import LayoutError
 from megavlm.model.decoder.config import DecoderConfig
 from megavlm.parallel.layout import ParallelConfig, check_layout, layout_fields, nearest_degrees
@@ -105,8 +105,3 @@ def test_the_longest_document_never_the_row_sizes_the_rotary_table() -> None:
     rows = packed_rows(torch.tensor([0, 5, 13, 16], dtype=torch.int32))
     assert rows is not None
     assert rows.max_seqlen_q == rows.max_seqlen_kv == 8
-
-
-def test_a_tiny_run_counts_its_microbatches() -> None:
-    run: RunConfig = recipe("decoder-tiny")
-    assert run.microbatches(world_size=2) == 2

@@ -8,7 +8,8 @@ import random
 import pytest
 
 from megavlm.build.costs import balanced_layout, row_costs
-from megavlm.build.run_config import InfiMMConfig, ParallelConfig, RunConfig
+from megavlm.build.run_config import InfiMMConfig, ParallelConfig, RunConfig, check_degrees
+from megavlm.errors import LayoutError
 from megavlm.model.cross_attention import CrossAttentionConfig
 from megavlm.model.resampler import ResamplerConfig
 from megavlm.model.towers.eva_config import eva_tower
@@ -93,3 +94,12 @@ def test_a_layer_with_a_gated_block_costs_more() -> None:
     costs = row_costs(infimm_llama(), 1.0).layers
     assert len(costs) == 40
     assert [number for number, cost in enumerate(costs, 1) if cost > min(costs)] == list(range(4, 41, 4))
+
+
+def test_degrees_that_do_not_divide_the_gated_heads_are_refused() -> None:
+    run = infimm_llama(parallel=ParallelConfig(tensor_model_parallel_size=4))
+    assert run.infimm is not None
+    check_degrees(run, 4)
+    six_heads = run.infimm.replace(cross_attention=run.infimm.cross_attention.replace(heads=6))
+    with pytest.raises(LayoutError, match="= 4: does not divide the 6 heads of the gated cross-attention; use 3 or 6"):
+        check_degrees(run.replace(infimm=six_heads), 4)

@@ -23,6 +23,7 @@ from megavlm.model.infimm.new_tokens import NewInputRows, NewOutputRows
 from megavlm.model.infimm.spec import ChunkLayers, infimm_block
 from megavlm.model.media_rows import append_latents, split_latents
 from megavlm.model.resampler import Resampler
+from megavlm.model.towers import mark_vision_parallel
 
 
 @dataclass(frozen=True)
@@ -59,8 +60,7 @@ class InfiMM(Decoder):
         if self.pre_process:
             device = torch.device(torch.cuda.current_device())
             self.resampler = build_empty(lambda: Resampler(parts.resampler), device, config.params_dtype)
-            for parameter in self.resampler.parameters():
-                parameter.vision_parallel = True  # type: ignore[attr-defined]
+            mark_vision_parallel(self.resampler)
         self.new_input: NewInputRows | None = None
         self.new_output: NewOutputRows | None = None
         if train_new_tokens:

@@ -20,6 +20,8 @@ from megatron.core.tensor_parallel.mappings import (
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
+from megavlm.model.towers import mark_vision_parallel
+
 
 class NewTokenRows(nn.Module):
     """The rows of some tokens of a vocabulary matrix, of which this rank holds the rows from `first_row` on."""
@@ -75,7 +77,7 @@ class NewOutputRows(NewTokenRows):
     def __init__(self, token_ids: tuple[int, ...], config: TransformerConfig, first_row: int) -> None:
         super().__init__(token_ids, config, first_row)
         # Only the rank that holds a token's column computes with its row: the gradients are summed over the ranks.
-        self.rows.vision_parallel = True  # type: ignore[attr-defined]
+        mark_vision_parallel(self)
 
     def watch(self, output_layer: nn.Module) -> None:
         """Have the columns of the tokens computed from our rows.
