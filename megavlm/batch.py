@@ -7,7 +7,8 @@ and positions stay within them.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -20,20 +21,63 @@ IGNORED = -100
 
 @dataclass(frozen=True)
 class Media:
-    """The images of one microbatch, and which token sees which."""
+    """What the tower sees of one microbatch; how the decoder sees it is the family's matter."""
 
     patches: Tensor
     """[images * patches of one, values of a patch]: the tower's patch rows, as `tiles` lays them."""
     images: int
-    """Images, in the order of their tags."""
+    """Images that the tower sees (tiles, where images are cut into such), in the order of their tags."""
+
+    def to(self, device: torch.device) -> Self:
+        """The images on another device."""
+        moved = {
+            one.name: getattr(self, one.name).to(device)
+            for one in fields(self)
+            if isinstance(getattr(self, one.name), Tensor | AssembleTable)
+        }
+        return replace(self, **moved)
+
+
+@dataclass(frozen=True)
+class AttendedMedia(Media):
+    """Images that tokens attend to, and which token sees which."""
+
     image_of_token: Tensor
     """[rows, length], int64: the image that each token sees, counted over the microbatch; -1: none yet."""
     has_image: Tensor
     """[rows, length], bool: whether the token's sample has an image at all."""
 
-    def to(self, device: torch.device) -> Media:
-        """The images on another device."""
-        return Media(self.patches.to(device), self.images, self.image_of_token.to(device), self.has_image.to(device))
+
+@dataclass(frozen=True)
+class AssembleTable:
+    """The `index` and `weight` of `sequence_assemble`: four columns where a map is shrunk, else one and no weight.
+
+    Positions run over the rows of the batch within each place, as megatron-core lays them: place * rows + row.
+    """
+
+    index: Tensor
+    """int32 [positions, columns]"""
+    weight: Tensor | None
+    """float32 [positions, columns]"""
+
+    def to(self, device: torch.device) -> AssembleTable:
+        """The table on another device."""
+        return AssembleTable(self.index.to(device), None if self.weight is None else self.weight.to(device))
+
+    def slice(self, first: int, count: int) -> AssembleTable:
+        """A range of positions, for a rank that holds the text of these alone, and the features and newline whole."""
+        index = self.index[first : first + count]
+        moved = torch.where(index < len(self.index), index - first, index - len(self.index) + count)
+        weight = None if self.weight is None else self.weight[first : first + count]
+        return AssembleTable(torch.where(index < 0, index, moved), weight)
+
+
+@dataclass(frozen=True)
+class SplicedMedia(Media):
+    """Images whose tokens stand in the rows of text."""
+
+    table: AssembleTable
+    """Where each position comes from."""
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from megavlm.export.assemble import assemble_infimm, normalise_infimm
 from megavlm.export.hf_export import export_model
 from megavlm.infer.ask import GenerateConfig, answer_question, read_question
 from megavlm.infer.cases import check_cases, read_cases
+from megavlm.infer.record import recorded_cases
 from megavlm.infer.verify import as_json, table, verify
 from megavlm.log import get_logger, setup_logging
 from megavlm.model.towers.eva_config import eva_tower
@@ -69,17 +70,25 @@ def train(arguments: list[str]) -> int:
 
 def verify_hf(arguments: list[str]) -> int:
     """`megavlm verify-hf`: a folder's model on recorded cases; exit code 1 where it is off by more than allowed."""
-    if _wants_help(arguments, "verify-hf --hf DIR --cases FILE [--json] [--tensor-model-parallel-size N ...]"):
+    usage = (
+        "verify-hf --hf DIR --cases FILE [--json] [--tensor-model-parallel-size N ...]\n"
+        "       megavlm verify-hf --hf DIR --against transformers [--save-cases FILE] [--seed N] [--json] [...]"
+    )
+    if _wants_help(arguments, usage):
         return 0
     with _joined() as world_size:
         with agreed():
-            own, options = take_options(arguments, ["--hf", "--cases"], flags=["--json"])
+            own, options = take_options(
+                arguments, ["--hf"], ["--cases", "--against", "--save-cases", "--seed"], flags=["--json"]
+            )
             run = _run_of_folder(own["--hf"], options, "verify-hf")
-            cases = read_cases(own["--cases"])
-            check_cases(cases, own["--cases"], run)
             check_degrees(run, world_size)
         groups = process_groups.start(run.parallel)
-        deviations = verify(build_model(run, groups), run, groups, cases)
+        with _cases_file(own, run, groups.rank) as file:
+            with agreed():
+                cases = read_cases(file)
+                check_cases(cases, file, run)
+            deviations = verify(build_model(run, groups), run, groups, cases)
         if groups.rank == 0:
             print(json.dumps(as_json(deviations)) if "--json" in own else table(deviations), flush=True)
     return 0 if all(deviation.is_fine for deviation in deviations) else 1
@@ -142,6 +151,23 @@ def generate(arguments: list[str]) -> int:
         if groups.rank == 0:
             print(answer, flush=True)
     return 0
+
+
+@contextmanager
+def _cases_file(own: Mapping[str, str], run: RunConfig, rank: int) -> Iterator[str]:
+    """The file of `--cases`, or one that is recorded now."""
+    with agreed():
+        if ("--cases" in own) == ("--against" in own):
+            raise ConfigError("verify-hf", "--cases", "or --against is what the model is held to", "give one of them")
+        if own.get("--against", "transformers") != "transformers":
+            raise ConfigError("--against", own["--against"], "is nothing to compare with", "use transformers")
+        _refuse_existing("--save-cases", own.get("--save-cases"))
+        seed = _whole_number("--seed", own.get("--seed", "1234"))
+    if "--cases" in own:
+        yield own["--cases"]
+    else:
+        with recorded_cases(run, rank, own.get("--save-cases"), seed) as file:
+            yield file
 
 
 @contextmanager

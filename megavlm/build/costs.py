@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from megavlm.build.run_config import InfiMMConfig, RunConfig
-from megavlm.model.flops import attention_flops, eva_flops, product_flops
+from megavlm.build.run_config import AquilaVLConfig, InfiMMConfig, RunConfig
+from megavlm.model.flops import attention_flops, eva_flops, product_flops, siglip_flops
 from megavlm.parallel.split import as_layout, balanced_split
 
 
@@ -36,6 +36,8 @@ def row_costs(run: RunConfig, images_per_row: float) -> RowCosts:
     of_decoder = 3 if "decoder" in run.trainable else 2
     output = of_decoder * product_flops(length, decoder.hidden_size, decoder.vocab_size)
     layers = [float(of_decoder * layer)] * decoder.num_layers
+    if run.aquila_vl is not None:
+        return RowCosts(layers, _before_text(run, run.aquila_vl, images_per_row), output)
     if run.infimm is None:
         return RowCosts(layers, 0.0, output)
     gated = 3 if "cross_attention" in run.trainable else 2
@@ -52,6 +54,17 @@ def balanced_layout(run: RunConfig, images_per_row: float) -> str:
     """The layout, in Megatron's letters, whose costliest chunk is the cheapest."""
     costs = row_costs(run, images_per_row)
     return as_layout(balanced_split(costs.layers, run.parallel.chunks, costs.before, costs.behind))
+
+
+def _before_text(run: RunConfig, parts: AquilaVLConfig, tiles_per_row: float) -> float:
+    """Tower and projector, which nothing flows back into where both are frozen."""
+    width, hidden, tokens = parts.tower.width, run.decoder.hidden_size, parts.tower.tokens
+    of_projector = 3 if "projector" in run.trainable else 2 if "tower" in run.trainable else 1
+    projector = of_projector * (product_flops(tokens, width, hidden) + product_flops(tokens, hidden, hidden))
+    if run.parallel.vision_over == "all_stages":
+        return tiles_per_row * projector
+    of_tower = 3 if "tower" in run.trainable else 1
+    return tiles_per_row * (projector + of_tower * siglip_flops(parts.tower, 1))
 
 
 def _gated_block(run: RunConfig, parts: InfiMMConfig, images_per_row: float) -> float:

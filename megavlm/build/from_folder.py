@@ -4,28 +4,22 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from megavlm.build.families import model_of_folder
 from megavlm.build.run_config import RunConfig, TrainConfig, WeightsConfig
 from megavlm.checkpoint.hf_folder import HFFolder
-from megavlm.errors import ConfigError
-from megavlm.model.decoder.config import DecoderConfig
-from megavlm.model.infimm.config import infimm_from_hf
+from megavlm.model.freeze import PARTS_OF_AQUILA_VL
 
 
 def run_from_folder(path: str | Path) -> RunConfig:
     """The run of the folder's own shape that starts from its weights."""
     with HFFolder.open(path) as folder:
-        config, where = folder.config, f"{path}/config.json"
-    kind = config.get("model_type")
-    if kind is None:
-        raise ConfigError(f"{where}: model_type", None, "is missing", "take a folder that transformers can load")
-    if str(kind).startswith("infimm"):
-        decoder, parts = infimm_from_hf(config, where)
-    else:
-        decoder, parts = DecoderConfig.from_hf(config, where), None
-    return RunConfig(
+        found = model_of_folder(folder)
+    run = RunConfig(
         name=str(path),
-        decoder=decoder,
-        infimm=parts,
-        train=TrainConfig(seq_length=min(512, decoder.longest_text)),
+        decoder=found.decoder,
+        infimm=found.infimm,
+        aquila_vl=found.aquila_vl,
+        train=TrainConfig(seq_length=min(512, found.decoder.longest_text)),
         weights=WeightsConfig(load_hf=str(path)),
     )
+    return run if found.aquila_vl is None else run.replace(trainable=PARTS_OF_AQUILA_VL)

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import contextlib
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 from torch import nn
 
 from megavlm.build.costs import balanced_layout
+from megavlm.build.families import FolderModel, chunk_builder, frozen_tower, media_inputs, model_of_folder, state_map_of
 from megavlm.build.run_config import RunConfig
 from megavlm.checkpoint.fresh import FreshWeights
 from megavlm.checkpoint.hf_folder import HFFolder
@@ -17,24 +17,16 @@ from megavlm.checkpoint.hf_import import WeightSource, check_folder, load_weight
 from megavlm.checkpoint.sources import AliasedWeights
 from megavlm.errors import WeightsError
 from megavlm.model.backend import is_transformer_engine, spec_provider
-from megavlm.model.decoder.config import DecoderConfig
-from megavlm.model.decoder.model import Decoder, build_decoder
-from megavlm.model.decoder.state_map import decoder_state_map
-from megavlm.model.empty import build_empty
+from megavlm.model.decoder.model import Decoder
 from megavlm.model.freeze import freeze_all_but
-from megavlm.model.infimm.config import infimm_from_hf
-from megavlm.model.infimm.model import InfiMM, build_infimm
-from megavlm.model.infimm.state_map import infimm_state_map
+from megavlm.model.infimm.model import InfiMM
 from megavlm.model.precision import check_fp8, precision_fields
-from megavlm.model.state_map import StateMap
-from megavlm.model.towers.eva import EvaTower
 from megavlm.parallel.agree import agreed
 from megavlm.parallel.groups import Groups
 from megavlm.parallel.layout import AUTO, layers_of_chunks, layout_fields
-from megavlm.parallel.media_inputs import MediaInputs
 from megavlm.parallel.recompute import check_recompute, check_recompute_units, recompute_fields
 from megavlm.parallel.schedule import InputFunction
-from megavlm.parallel.stages import ChunkBuilder, build_chunks
+from megavlm.parallel.stages import build_chunks
 from megavlm.platform import machine
 
 
@@ -64,18 +56,12 @@ def build_model(run: RunConfig, groups: Groups) -> Model:
         check_recompute(run.recompute, capability is not None, engine)
         run = with_layout(run)
         check_recompute_units(run.recompute, layers_of_chunks(run.parallel, run.decoder.num_layers))
-    common = (provider, run.make_vocab_size_divisible_by)
-    build_chunk: ChunkBuilder = (
-        partial(build_decoder, run.decoder, *common)
-        if run.infimm is None
-        else partial(build_infimm, run.decoder, run.infimm, "new_tokens" in run.trainable, *common)
+    chunks = build_chunks(
+        chunk_builder(run, provider), run.decoder, _transformer_fields(run, engine), run.parallel, groups
     )
-    chunks = build_chunks(build_chunk, run.decoder, _transformer_fields(run, engine), run.parallel, groups)
     freeze_all_but(chunks, run.trainable)
-    over_all_stages = run.parallel.vision_over == "all_stages"
-    tower = _build_tower(run, groups) if groups.pipeline_rank == 0 or over_all_stages else None
-    inputs = None if run.infimm is None else MediaInputs(tower, run.infimm.tower.patches, groups, over_all_stages)
-    model = Model(chunks, tower, inputs)
+    tower = frozen_tower(run, groups)
+    model = Model(chunks, tower, media_inputs(run, chunks, tower, groups))
     _fill(model, run, groups)
     return model
 
@@ -86,11 +72,6 @@ def with_layout(run: RunConfig) -> RunConfig:
         return run
     layout = balanced_layout(run, run.train.images_per_row)
     return run.replace(parallel=run.parallel.replace(pipeline_model_parallel_layout=layout))
-
-
-def state_map_of(run: RunConfig) -> StateMap:
-    """The table of the whole model's weights."""
-    return decoder_state_map(run.decoder) if run.infimm is None else infimm_state_map(run.decoder, run.infimm)
 
 
 def _transformer_fields(run: RunConfig, engine: bool) -> dict[str, Any]:
@@ -104,14 +85,6 @@ def _transformer_fields(run: RunConfig, engine: bool) -> dict[str, Any]:
     }
 
 
-def _build_tower(run: RunConfig, groups: Groups) -> nn.Module | None:
-    if run.infimm is None:
-        return None
-    settings = run.infimm.tower
-    tower = build_empty(lambda: EvaTower(settings), groups.device, run.precision.dtype)
-    return tower.requires_grad_(False).eval()
-
-
 def _fill(model: Model, run: RunConfig, groups: Groups) -> None:
     state_map = state_map_of(run)
     with contextlib.ExitStack() as files, agreed():
@@ -120,7 +93,7 @@ def _fill(model: Model, run: RunConfig, groups: Groups) -> None:
             source = FreshWeights(state_map, run.train.seed, run.decoder.init_method_std)
         else:
             folder = files.enter_context(HFFolder.open(run.weights.load_hf))
-            _check_config(folder, run)
+            state_map = state_map_of(run, _check_config(folder, run).spelling)
             source = AliasedWeights(folder, state_map.aliases, run.weights.load_hf)
         check_folder(source, state_map, run.weights.load_hf or "fresh weights")
         load_weights(model.parts(), source, state_map, groups.tensor_rank, groups.collection.tp.size())
@@ -129,22 +102,23 @@ def _fill(model: Model, run: RunConfig, groups: Groups) -> None:
             chunk.take_new_rows()
 
 
-def _check_config(folder: HFFolder, run: RunConfig) -> None:
+def _check_config(folder: HFFolder, run: RunConfig) -> FolderModel:
     """Refuse a folder of another model before its shapes are compared: the reason reads better."""
-    where = f"{run.weights.load_hf}/config.json"
-    if run.infimm is None:
-        found = DecoderConfig.from_hf(folder.config, where)
-    else:
-        found, parts = infimm_from_hf(folder.config, where)
-        if parts != run.infimm:
-            raise WeightsError(
-                where, parts.model_type, "describes another InfiMM than the run", "take the folder of that model"
-            )
+    where = f"{folder.path}/config.json"
+    found = model_of_folder(folder)
+    # A run may cut its images otherwise than the stage before it did.
+    same_grid = found.aquila_vl and run.aquila_vl and found.aquila_vl.replace(grid=run.aquila_vl.grid)
+    for part, held, asked in (("infimm", found.infimm, run.infimm), ("aquila_vl", same_grid, run.aquila_vl)):
+        if held != asked:
+            kind = folder.config.get("model_type")
+            problem = f"describes another model than the run's settings of {part}"
+            raise WeightsError(where, kind, problem, "take the folder of that model")
     for name in ("family", "num_layers", "num_attention_heads", "num_query_groups", "rotary_base", "tied_embeddings"):
-        if getattr(found, name) != getattr(run.decoder, name):
+        if getattr(found.decoder, name) != getattr(run.decoder, name):
             raise WeightsError(
                 f"{where}: {name}",
-                getattr(found, name),
+                getattr(found.decoder, name),
                 f"the run's decoder has {getattr(run.decoder, name)!r}",
                 f"take the folder of that model, or set decoder.{name}",
             )
+    return found

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import get_args
 
 from megavlm.config import Config, require
 from megavlm.errors import LayoutError
+from megavlm.model.aquila_vl.config import AquilaVLConfig
 from megavlm.model.backend import Implementation
 from megavlm.model.decoder.config import DecoderConfig
-from megavlm.model.freeze import Part
+from megavlm.model.freeze import PARTS_OF_AQUILA_VL, PARTS_OF_INFIMM, Part
 from megavlm.model.infimm.config import InfiMMConfig
 from megavlm.model.precision import PrecisionConfig
 from megavlm.parallel.layout import ParallelConfig, check_layout, nearest_degrees
@@ -17,6 +17,7 @@ from megavlm.parallel.recompute import RecomputeConfig
 from megavlm.parallel.wrap import DataParallelConfig, OptimizerConfig
 
 __all__ = [
+    "AquilaVLConfig",
     "DataParallelConfig",
     "DecoderConfig",
     "InfiMMConfig",
@@ -82,9 +83,12 @@ class RunConfig(Config):
     """The decoder's shape."""
     infimm: InfiMMConfig | None = None
     """InfiMM's parts around the decoder; none: a decoder alone."""
+    aquila_vl: AquilaVLConfig | None = None
+    """Aquila-VL's parts around the decoder."""
     trainable: tuple[Part, ...] = ("decoder", "cross_attention", "resampler")
-    """The parts that learn; all others are frozen. `new_tokens`: the two new rows of a frozen decoder's vocabulary.
-    The vision tower of InfiMM is always frozen."""
+    """The parts that learn; all others are frozen. Of InfiMM, whose tower is always frozen: resampler,
+    cross_attention, decoder, and new_tokens, the two new rows of a frozen decoder's vocabulary. Of Aquila-VL: tower,
+    projector, newline (where images are cut into a grid), decoder."""
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     """Degrees of parallelism."""
     recompute: RecomputeConfig = field(default_factory=RecomputeConfig)
@@ -128,7 +132,21 @@ class RunConfig(Config):
             "has new_tokens, whose two pairs of rows a tied embedding cannot hold",
             "leave new_tokens out, or train the decoder",
         )
-        parts = ("decoder",) if self.infimm is None else get_args(Part)
+        require(
+            self.infimm is None or self.aquila_vl is None,
+            self,
+            "aquila_vl",
+            "stands beside infimm, and a model is of one family",
+            "leave one of them out",
+        )
+        require(
+            "tower" not in self.trainable or self.parallel.vision_over == "first_stage",
+            self,
+            "trainable",
+            "has the tower, which then cannot be encoded ahead by all stages",
+            "use parallel.vision_over first_stage, or freeze the tower",
+        )
+        parts = PARTS_OF_INFIMM if self.infimm else PARTS_OF_AQUILA_VL if self.aquila_vl else ("decoder",)
         require(
             any(part in parts for part in self.trainable),
             self,

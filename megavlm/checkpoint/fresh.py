@@ -34,7 +34,7 @@ class FreshWeights:
         if kind == "linear":
             bound = shape[1] ** -0.5
             return torch.empty(shape).uniform_(-bound, bound, generator=generator)
-        std = 1.0 if kind == "unit normal" else self._std
+        std = {"unit normal": 1.0, "unit length": shape[0] ** -0.5}.get(kind, self._std)
         return torch.empty(shape).normal_(0.0, std, generator=generator)
 
     def read_rows(self, name: str, start: int, stop: int) -> Tensor:

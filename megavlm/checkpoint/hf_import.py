@@ -34,33 +34,31 @@ def check_folder(source: WeightSource, state_map: StateMap, where: str, prefix: 
     """Refuse a folder whose tensors, of those with names under the prefix, are not exactly those of the model."""
     expected = state_map.folder_shapes()
     found = {name for name in source.names() if name.startswith(prefix) and not name.endswith(IGNORED_SUFFIXES)}
-    constants = found & state_map.constants.keys()
-    found -= constants
+    constants, copies = found & state_map.constants.keys(), found & state_map.copies.keys()
+    found -= constants | copies
     if missing := [name for name in expected if name not in found]:
         raise WeightsError(
             where, missing[0], f"{len(missing)} of {len(expected)} tensors are missing", "take a complete folder"
         )
-    tied = "lm_head.weight" not in expected
-    if tied and "lm_head.weight" in found:
-        _refuse_another_head(source, where)
-    unknown = sorted(found - expected.keys() - ({"lm_head.weight"} if tied else set()))
-    if unknown:
+    if unknown := sorted(found - expected.keys()):
         raise WeightsError(
             where, unknown[0], f"{len(unknown)} tensors have no place in this model", "check model_type in config.json"
         )
     for name, shape in expected.items():
         _check_shape(source, name, shape, where)
+    for name in sorted(copies):
+        _check_copy(source, name, state_map.copies[name], where)
     for name in sorted(constants):
         _check_constant(source, name, state_map.constants[name], where)
 
 
-def _refuse_another_head(source: WeightSource, where: str) -> None:
+def _check_copy(source: WeightSource, name: str, original: str, where: str) -> None:
     """With tied embeddings a folder may store the output layer as well, but not another one."""
-    if not torch.equal(source.read("lm_head.weight"), source.read("model.embed_tokens.weight")):
+    if source.shape(name) != source.shape(original) or not torch.equal(source.read(name), source.read(original)):
         raise WeightsError(
             where,
-            "lm_head.weight",
-            "differs from model.embed_tokens.weight, although config.json says tie_word_embeddings",
+            name,
+            f"differs from {original}, although config.json says tie_word_embeddings",
             "set tie_word_embeddings to false if the output layer was trained apart",
         )
 

@@ -8,13 +8,14 @@ orders them.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from megavlm.batch import AssembleTable, SplicedMedia, TextBatch, next_token_batch
 from megavlm.tiles import ImagePlan, Ints
 
 Floats = NDArray[np.float32]
@@ -22,25 +23,26 @@ NEIGHBOURS = 4
 NONE = -1
 
 
-@dataclass(frozen=True)
-class AssembleTable:
-    """The `index` and `weight` of `sequence_assemble`: four columns where a map is shrunk, else one and no weight."""
+def spliced_batch(
+    tokens: Tensor,
+    targets: Tensor,
+    is_image: NDArray[np.bool_],
+    plans: Sequence[ImagePlan],
+    patches: Tensor,
+    cu_seqlens: Tensor | None = None,
+) -> TextBatch:
+    """A microbatch of rows [rows, length] whose positions of `is_image` hold the tokens of the planned images.
 
-    index: Tensor
-    """int32 [positions, columns]"""
-    weight: Tensor | None
-    """float32 [positions, columns]"""
-
-    def slice(self, first: int, count: int) -> AssembleTable:
-        """A range of positions, for a rank that holds the text of these alone, and the features and newline whole."""
-        index = self.index[first : first + count]
-        moved = torch.where(index < len(self.index), index - first, index - len(self.index) + count)
-        weight = None if self.weight is None else self.weight[first : first + count]
-        return AssembleTable(torch.where(index == NONE, NONE, moved), weight)
+    `patches` are the patch rows of all of them; `targets` are labels in transformers' sense.
+    """
+    media = SplicedMedia(patches, sum(plan.tiles for plan in plans), assemble_table(is_image, plans))
+    return replace(next_token_batch(tokens, targets, cu_seqlens), media=media)
 
 
 def assemble_table(is_image: NDArray[np.bool_], plans: Sequence[ImagePlan]) -> AssembleTable:
-    """For packed positions, of which those of `is_image` hold the tokens of the batch's images, in order."""
+    """For a row, or rows [rows, length]; positions of `is_image` hold the tokens of the batch's images, in order."""
+    if is_image.ndim == 2:
+        return _by_place(assemble_table(is_image.reshape(-1), plans), *is_image.shape)
     positions, tokens = len(is_image), sum(plan.tokens for plan in plans)
     found = int(is_image.sum())
     assert found == tokens, f"{found} positions for the {tokens} tokens of the images"
@@ -57,6 +59,15 @@ def assemble_table(is_image: NDArray[np.bool_], plans: Sequence[ImagePlan]) -> A
         index[at], weight[at] = sources[:, :columns], shares[:, :columns]
         first_token, first_row = first_token + plan.tokens, first_row + plan.patch_rows
     return AssembleTable(torch.from_numpy(index), torch.from_numpy(weight) if columns > 1 else None)
+
+
+def _by_place(table: AssembleTable, rows: int, length: int) -> AssembleTable:
+    """The table of rows that stand one behind another, in the order that `AssembleTable` asks for."""
+    order = torch.arange(rows * length).view(rows, length).T.flatten()
+    index = table.index[order]
+    is_text = (index >= 0) & (index < len(order))
+    moved = torch.argsort(order).to(index.dtype)[index.clamp(0, len(order) - 1).long()]
+    return AssembleTable(torch.where(is_text, moved, index), None if table.weight is None else table.weight[order])
 
 
 def mixes(plan: ImagePlan) -> bool:

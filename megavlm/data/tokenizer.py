@@ -13,13 +13,18 @@ IMAGE_TAG = "<image>"
 _FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 
 
+def has_tokenizer(folder: str | Path) -> bool:
+    """Whether a folder holds a tokenizer's files."""
+    return any((Path(folder) / name).is_file() for name in _FILES)
+
+
 class Tokenizer:
     """What reading and writing text needs of transformers' tokenizers."""
 
     def __init__(self, folder: str | Path) -> None:
         folder = Path(folder)
         where = "tokenizer of"
-        if not any((folder / name).is_file() for name in _FILES):
+        if not has_tokenizer(folder):
             problem = f"the folder holds none of {', '.join(_FILES)}"
             raise WeightsError(where, str(folder), problem, "copy the files of the model's tokenizer into it")
         try:

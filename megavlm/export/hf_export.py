@@ -15,7 +15,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from megavlm.build.model import Model, state_map_of
+from megavlm.build.families import state_map_of
+from megavlm.build.model import Model
 from megavlm.build.run_config import RunConfig
 from megavlm.checkpoint.atomic import open_staging, staging_path
 from megavlm.checkpoint.hf_import import named_parameters

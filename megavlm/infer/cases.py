@@ -1,24 +1,27 @@
 """Files of cases: inputs, and what the public implementation made of them.
 
-Tensors named `<case>.<what>`: `input_ids` [B, T]; `images` [B, N, 3, H, W], of which a row takes as many as it has
-tags, in order; `logits` [B, T, V]; and for training `labels` [B, T] (-100: ignored), `loss` [1] and
-`grad.<name in the folder>`.
+Tensors named `<case>.<what>`: `input_ids` [B, T]; `logits` [B, T, V]; and for training `labels` [B, T] (-100: ignored),
+`loss` [1] and `grad.<name in the folder>`. `attention_mask` [B, T] is 0 where a row is padded on its right, which is
+then not compared. InfiMM's images: `images` [B, N, 3, H, W], of which a row takes as many as it has tags, in order.
+Aquila-VL's are what transformers' processor makes, see `infer.spliced_cases`.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from megavlm.batch import IGNORED, Media, TextBatch, next_token_batch, preceding_images
-from megavlm.build.model import state_map_of
-from megavlm.build.run_config import RunConfig
+from megavlm.batch import IGNORED, AttendedMedia, TextBatch, next_token_batch, preceding_images
+from megavlm.build.families import state_map_of
+from megavlm.build.run_config import InfiMMConfig, RunConfig
 from megavlm.checkpoint.weight_files import open_weight_file
+from megavlm.data.assemble_tables import spliced_batch
 from megavlm.errors import DataError
+from megavlm.infer.spliced_cases import MEDIA_TENSORS, read_media
 from megavlm.tiles import patch_rows
 
 
@@ -32,6 +35,9 @@ class Case:
     labels: Tensor | None = None
     loss: Tensor | None = None
     gradients: dict[str, Tensor] = field(default_factory=dict)
+    attention_mask: Tensor | None = None
+    tensors: dict[str, Tensor] = field(default_factory=dict)
+    """What else transformers' processor made."""
 
 
 def read_cases(path: str | Path) -> dict[str, Case]:
@@ -51,8 +57,10 @@ def read_cases(path: str | Path) -> dict[str, Case]:
             raise DataError(f"{path}: {name}", case, "is a case without input_ids", "add them, or drop the tensor")
         if what.startswith("grad."):
             cases[case].gradients[what.removeprefix("grad.")] = tensor
-        elif what in ("input_ids", "images", "logits", "labels", "loss"):
+        elif what in ("input_ids", "images", "logits", "labels", "loss", "attention_mask"):
             setattr(cases[case], what, tensor)
+        elif what in MEDIA_TENSORS:
+            cases[case].tensors[what] = tensor
         else:
             raise DataError(f"{path}: {name}", what, "is nothing a case holds", "docs/verify.md has the format")
     return cases
@@ -97,17 +105,25 @@ def _row_batch(case: Case, run: RunConfig, row: int) -> TextBatch:
     missing = -tokens.size(1) % run.parallel.tensor_model_parallel_size
     tokens = torch.nn.functional.pad(tokens, (0, missing), value=0)
     labels = torch.nn.functional.pad(labels, (0, missing), value=IGNORED)
+    if run.aquila_vl is not None:
+        media = read_media(case.tensors, row, tokens, run.aquila_vl)
+        return spliced_batch(tokens, labels, media.is_image, media.plans, media.patches)
     batch = next_token_batch(tokens, labels)
     if run.infimm is None:
         return batch
-    tower = run.infimm.tower
-    tags = int((tokens == run.infimm.image_token_id).sum())
-    given = torch.empty(0, 3, tower.image_size, tower.image_size) if case.images is None else case.images[row]
+    given = case.images[row] if case.images is not None else None
+    return replace(batch, media=_attended(tokens, given, run.infimm, row))
+
+
+def _attended(tokens: Tensor, given: Tensor | None, parts: InfiMMConfig, row: int) -> AttendedMedia:
+    tower = parts.tower
+    tags = int((tokens == parts.image_token_id).sum())
+    if given is None:
+        given = torch.empty(0, 3, tower.image_size, tower.image_size)
     if tags > given.size(0):
         raise DataError(f"row {row}: tags of images", tags, f"only {given.size(0)} images come", "give the others too")
     if tuple(given.shape[1:]) != (3, tower.image_size, tower.image_size):
         size = (3, tower.image_size, tower.image_size)
         raise DataError(f"row {row}: images", tuple(given.shape[1:]), f"the tower takes {size}", "resize them")
-    image_of_token, has_image = preceding_images(tokens, run.infimm.image_token_id, [tags])
-    media = Media(patch_rows(given[:tags], tower.patch_size), tags, image_of_token, has_image)
-    return TextBatch(batch.tokens, batch.labels, batch.loss_weights, media=media)
+    image_of_token, has_image = preceding_images(tokens, parts.image_token_id, [tags])
+    return AttendedMedia(patch_rows(given[:tags], tower.patch_size), tags, image_of_token, has_image)

@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from megavlm.batch import Media, TextBatch, preceding_images
+from megavlm.batch import AttendedMedia, TextBatch, preceding_images
 from megavlm.build.model import Model
 from megavlm.build.run_config import RunConfig
 from megavlm.checkpoint.hf_folder import eos_token_ids
@@ -164,7 +164,7 @@ def _read_images(model: Model, tokens: Tensor, prompts: Sequence[Prompt], run: R
     tower = run.infimm.tower
     no_patches = torch.empty(0, 3 * tower.patch_size**2)
     patches = torch.cat([no_patches if prompt.patches is None else prompt.patches for prompt in prompts])
-    media = Media(patches, images, image_of_token, has_image)
+    media = AttendedMedia(patches, images, image_of_token, has_image)
     batch = TextBatch(tokens, tokens, torch.zeros(tokens.shape), media=media).to(groups.device)
     asked: MediaInput = model.inputs([batch])(batch)["media"]
     return MediaInput(asked.token_map, images, latents=chunk.media_latents(asked))

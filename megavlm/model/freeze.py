@@ -12,15 +12,27 @@ from typing import Literal
 
 from torch import nn
 
-Part = Literal["decoder", "cross_attention", "resampler", "new_tokens"]
+Part = Literal["decoder", "cross_attention", "resampler", "new_tokens", "projector", "newline", "tower"]
+
+PARTS_OF_INFIMM: tuple[Part, ...] = ("decoder", "cross_attention", "resampler", "new_tokens")
+PARTS_OF_AQUILA_VL: tuple[Part, ...] = ("decoder", "newline", "projector", "tower")
+
+_PREFIXES: dict[str, Part] = {
+    "resampler.": "resampler",
+    "new_": "new_tokens",
+    "projector.": "projector",
+    "image_newline": "newline",
+    "tower.": "tower",
+}
+_UNUSED = ("tower.post_layernorm.",)
+"""Held because checkpoints hold them; features go past them, so they get no gradient that anything could wait for."""
 
 
 def part_of(parameter_name: str) -> Part:
     """The part that a parameter of a pipeline chunk belongs to."""
-    if parameter_name.startswith("resampler."):
-        return "resampler"
-    if parameter_name.startswith("new_"):
-        return "new_tokens"
+    for prefix, part in _PREFIXES.items():
+        if parameter_name.startswith(prefix):
+            return part
     return "cross_attention" if ".gated." in parameter_name else "decoder"
 
 
@@ -28,7 +40,7 @@ def freeze_all_but(chunks: Iterable[nn.Module], trainable: tuple[Part, ...]) -> 
     """Let only these parts learn."""
     for chunk in chunks:
         for name, parameter in chunk.named_parameters():
-            parameter.requires_grad_(part_of(name) in trainable)
+            parameter.requires_grad_(part_of(name) in trainable and not name.startswith(_UNUSED))
 
 
 @dataclass(frozen=True)

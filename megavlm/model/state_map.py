@@ -15,9 +15,9 @@ from torch import Tensor
 
 Split = Literal["whole", "rows", "columns"]
 Order = Literal["one after another", "by query group", "by rank", "halves by rank"]
-Fresh = Literal["normal", "unit normal", "linear", "ones", "zeros"]
-"""How a tensor is drawn: normal with the run's standard deviation or with 1, as torch draws a Linear's weight (uniform
-within 1 / sqrt(its columns)), or not at all."""
+Fresh = Literal["normal", "unit normal", "unit length", "linear", "ones", "zeros"]
+"""How a tensor is drawn: normal with the run's standard deviation, with 1, or with 1 / sqrt(its size); as torch draws a
+Linear's weight (uniform within 1 / sqrt(its columns)); or not at all."""
 
 
 @dataclass(frozen=True)
@@ -69,6 +69,8 @@ class StateMap:
     """Tensors that a folder may hold beside its weights although the config decides them: name -> what it must be."""
     aliases: Mapping[str, str] = field(default_factory=dict)
     """Second names under which a folder may hold a tensor as well: second name -> name."""
+    copies: Mapping[str, str] = field(default_factory=dict)
+    """Tensors that a folder may hold beside its weights although they repeat others: name -> which it must equal."""
 
     def shape(self, entry: Entry, source: str) -> tuple[int, ...]:
         """The shape that the folder's tensor `source` must have."""
@@ -109,6 +111,7 @@ def merged(*maps: StateMap) -> StateMap:
         query_groups=maps[0].query_groups,
         constants={name: table for part in maps for name, table in part.constants.items()},
         aliases={alias: name for part in maps for alias, name in part.aliases.items()},
+        copies={copy: name for part in maps for copy, name in part.copies.items()},
     )
 
 

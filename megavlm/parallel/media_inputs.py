@@ -1,13 +1,13 @@
 """What the first stage makes of a microbatch's images, and what the other stages are told of them.
 
-The tower is frozen, so its features need no gradient and are computed ahead of the chunk's forward pass: by the
-tensor-parallel ranks of the first stage, microbatch by microbatch, or by all tensor- and pipeline-parallel ranks
-together before the step's schedule begins. Each tensor-parallel rank of the first stage then resamples its share of
-the images, and the latents are gathered.
+The tensor-parallel ranks of the first stage share the images out; each encodes its own, and what is made of them is
+gathered. A frozen tower's features need no gradient, so they can also be computed ahead of the step's schedule, by all
+tensor- and pipeline-parallel ranks together.
 """
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -15,13 +15,24 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from megavlm.batch import Media, TextBatch
+from megavlm.batch import AttendedMedia, Media, SplicedMedia, TextBatch
+from megavlm.model.aquila_vl.model import SplicedInput
 from megavlm.model.infimm.model import MediaInput
 from megavlm.parallel.groups import Groups
-from megavlm.parallel.vision_parallel import Deal, deal_images, encode_ahead, gather_images, rows_of_images
+from megavlm.parallel.vision_parallel import (
+    Deal,
+    Gradient,
+    deal_images,
+    encode_ahead,
+    gather_images,
+    rows_of_images,
+)
+
+Features = Callable[[], Tensor]
+"""The tower's features of this rank's own images, computed when they are asked for."""
 
 
-class MediaInputs:
+class MediaInputs(ABC):
     """Makes the chunks' argument `media` of a step's batches; `tower` is there on the ranks that encode."""
 
     def __init__(self, tower: nn.Module | None, patches_per_image: int, groups: Groups, over_all_stages: bool) -> None:
@@ -39,20 +50,27 @@ class MediaInputs:
             ahead = dict(zip(map(id, unique), self._encode_ahead(unique), strict=False))
         return lambda batch: {"media": self._input(_media(batch), ahead.get(id(batch)))}
 
-    def _input(self, media: Media, features: Tensor | None) -> MediaInput:
-        token_map = torch.stack([media.image_of_token, media.has_image.long()]).transpose(1, 2)
+    @abstractmethod
+    def of_first_stage(self, media: Media, deal: Deal, features: Features) -> object:
+        """The argument of the first stage's chunks."""
+
+    @abstractmethod
+    def of_other_stages(self, media: Media) -> object:
+        """The argument of all other chunks."""
+
+    def _input(self, media: Media, ahead: Tensor | None) -> object:
         if self.groups.pipeline_rank > 0:
-            return MediaInput(token_map, media.images)
+            return self.of_other_stages(media)
         deal = deal_images([1.0] * media.images, self.tensor_group.size())
         own = deal[self.tensor_group.rank()]
-        encode = partial(self._encode, media, own) if features is None else partial(rows_of_images, features, 1, own)
-        gather = partial(gather_images, deal=deal, group=self.tensor_group, gradient="replicated")
-        return MediaInput(token_map, media.images, encode, gather)
+        encode = partial(self._encode, media, own) if ahead is None else partial(rows_of_images, ahead, 1, own)
+        return self.of_first_stage(media, deal, encode)
 
-    @torch.no_grad()
     def _encode(self, media: Media, own: list[int]) -> Tensor:
         assert self.tower is not None
-        features: Tensor = self.tower(self._rows(media.patches, own))
+        learns = any(parameter.requires_grad for parameter in self.tower.parameters())
+        with torch.set_grad_enabled(learns and torch.is_grad_enabled()):
+            features: Tensor = self.tower(self._rows(media.patches, own))
         return features
 
     def _encode_ahead(self, batches: Sequence[TextBatch]) -> list[Tensor]:
@@ -70,6 +88,45 @@ class MediaInputs:
         assert self.tower is not None
         rows = rows_of_images(patches, self.patches_per_image, images)
         return rows.to(next(self.tower.parameters()).dtype)
+
+
+class AttendedInputs(MediaInputs):
+    """InfiMM's: each rank resamples its share of the images, and the latents are gathered."""
+
+    def of_first_stage(self, media: Media, deal: Deal, features: Features) -> MediaInput:
+        gather = partial(gather_images, deal=deal, group=self.tensor_group, gradient="replicated")
+        return MediaInput(_token_map(media), media.images, features, gather)
+
+    def of_other_stages(self, media: Media) -> MediaInput:
+        return MediaInput(_token_map(media), media.images)
+
+
+class SplicedInputs(MediaInputs):
+    """Aquila-VL's: each rank projects its share of the tiles; the tokens are gathered and put into the text.
+
+    Where the sequence is sliced over the ranks, each assembles its own slice out of all tiles' tokens.
+    """
+
+    def __init__(self, *arguments: Any, sequence_parallel: bool) -> None:
+        super().__init__(*arguments)
+        self.slices = self.tensor_group.size() if sequence_parallel else 1
+
+    def of_first_stage(self, media: Media, deal: Deal, features: Features) -> SplicedInput:
+        assert isinstance(media, SplicedMedia)
+        gradient: Gradient = "partial" if self.slices > 1 else "replicated"
+        gather = partial(gather_images, deal=deal, group=self.tensor_group, gradient=gradient)
+        count = len(media.table.index) // self.slices
+        table = media.table.slice(self.tensor_group.rank() * count, count) if self.slices > 1 else media.table
+        return SplicedInput(features, gather, table)
+
+    def of_other_stages(self, media: Media) -> None:
+        return None
+
+
+def _token_map(media: Media) -> Tensor:
+    """[2, s, b]: each token's image, and whether its sample has one."""
+    assert isinstance(media, AttendedMedia)
+    return torch.stack([media.image_of_token, media.has_image.long()]).transpose(1, 2)
 
 
 def _media(batch: TextBatch) -> Media:

@@ -23,6 +23,8 @@ class RecomputeConfig(Config):
     """For full: layers in a unit (uniform), or layers recomputed (block)."""
     modules: tuple[Literal["core_attn", "layernorm", "mlp"], ...] = option(("core_attn",), name="--recompute-modules")
     """For selective: what is recomputed."""
+    vision_tower: bool = option(False, name="--recompute-vision-tower")
+    """Whether a trained vision tower keeps only the input of each of its blocks."""
 
     def check(self) -> None:
         require(self.num_layers >= 1, self, "num_layers", "must be at least 1", "use 1 for single layers")

@@ -11,7 +11,7 @@ from megatron.core.tensor_parallel.random import CudaRNGStatesTracker
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from megavlm.batch import Media, TextBatch
+from megavlm.batch import AttendedMedia, TextBatch
 from megavlm.build.model import build_model
 from megavlm.build.run_config import DecoderConfig, InfiMMConfig, ParallelConfig, PrecisionConfig, RunConfig
 from megavlm.model.cross_attention import CrossAttentionConfig
@@ -101,7 +101,7 @@ def one_rank_forward_and_backward(sequence_parallel: bool) -> dict[str, int]:
         model = build_model(run, groups)
         tokens = torch.zeros(rows, length, dtype=torch.int64)
         tower = run.infimm.tower
-        media = Media(
+        media = AttendedMedia(
             torch.zeros(images * tower.patches, tower.patch_values),
             images,
             torch.zeros(rows, length, dtype=torch.int64),

@@ -12,9 +12,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from megavlm.batch import Media, TextBatch, next_token_batch, preceding_images
+from megavlm.batch import AttendedMedia, TextBatch, next_token_batch, preceding_images
+from megavlm.build.families import state_map_of
 from megavlm.build.from_folder import run_from_folder
-from megavlm.build.model import Model, build_model, state_map_of
+from megavlm.build.model import Model, build_model
 from megavlm.build.run_config import (
     DataParallelConfig,
     OptimizerConfig,
@@ -69,14 +70,14 @@ def pack(rows: list[TextBatch]) -> TextBatch:
     bounds = torch.tensor([0, *(row.tokens.size(1) for row in rows)]).cumsum(0).int()
     before, images = 0, []
     for row in rows:
-        assert row.media is not None
+        assert isinstance(row.media, AttendedMedia)
         images.append(torch.where(row.media.image_of_token >= 0, row.media.image_of_token + before, -1))
         before += row.media.images
-    media = Media(
+    media = AttendedMedia(
         torch.cat([row.media.patches for row in rows if row.media]),
         before,
         torch.cat(images, dim=1),
-        torch.cat([row.media.has_image for row in rows if row.media], dim=1),
+        torch.cat([row.media.has_image for row in rows if isinstance(row.media, AttendedMedia)], dim=1),
     )
 
     def joined(what: str) -> Tensor:
@@ -217,7 +218,7 @@ def random_batch(run: RunConfig, images: int, seed: int) -> TextBatch:
     patches = torch.randn(images * tower.patches, tower.patch_values, generator=generator)
     image_of_token, has_image = preceding_images(tokens, run.infimm.image_token_id, [images])
     text = next_token_batch(tokens)
-    media = Media(patches, images, image_of_token, has_image)
+    media = AttendedMedia(patches, images, image_of_token, has_image)
     return TextBatch(text.tokens, text.labels, text.loss_weights, media=media)
 
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 import transformers
 
-from megavlm.batch import Media, TextBatch, next_token_batch, preceding_images
+from megavlm.batch import AttendedMedia, TextBatch, next_token_batch, preceding_images
 from megavlm.build.from_folder import run_from_folder
 from megavlm.build.model import Model, build_model
 from megavlm.build.run_config import ParallelConfig, PrecisionConfig, RunConfig, check_for_world
@@ -188,7 +188,7 @@ def infimm_batch(run: RunConfig, prompt: Prompt, answer: list[int]) -> TextBatch
     tokens = torch.cat([prompt.tokens, torch.tensor(answer, dtype=torch.int64)])[None]
     seen, has_image = preceding_images(tokens, run.infimm.image_token_id, [prompt.images])
     plain = next_token_batch(tokens)
-    media = Media(prompt.patches, prompt.images, seen, has_image)
+    media = AttendedMedia(prompt.patches, prompt.images, seen, has_image)
     return TextBatch(plain.tokens, plain.labels, plain.loss_weights, media=media)
 
 

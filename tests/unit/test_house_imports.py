@@ -65,7 +65,7 @@ standard library and the packages in EVERYWHERE. A missing room (cli, bench) may
 EVERYWHERE = ("torch", "numpy")
 EXPORTED_FILES = "megavlm.export.infimm_files"
 FREE_ROOMS = ("cli", "commands", "bench", "__main__")
-EXTRA_PACKAGES = {"megavlm.infer.verify": ("transformers",), "megavlm.platform.cpu": ("megatron.core",)}
+EXTRA_PACKAGES = {"megavlm.infer.record": ("transformers", "safetensors"), "megavlm.platform.cpu": ("megatron.core",)}
 """Single modules that may import more than their room."""
 
 FORBIDDEN_EVERYWHERE = ("megatron.training", "megatron.legacy")
@@ -187,7 +187,7 @@ def test_a_wrong_import_is_refused(path: str, source: str, reason: str) -> None:
         ("megavlm/platform/machine.py", "def prepare():\n    from . import cpu"),
         ("megavlm/parallel/groups.py", "from megatron.core import parallel_state\nparallel_state.x()"),
         ("megavlm/data/chat.py", "from transformers import AutoTokenizer\nfrom PIL import Image"),
-        ("megavlm/infer/verify.py", "from transformers import AutoModelForCausalLM"),
+        ("megavlm/infer/record.py", "from transformers import AutoModelForCausalLM"),
         ("megavlm/cli.py", "import megavlm.train.loop, rich"),
         ("megavlm/model/norms.py", "import megavlm_kernels\nfrom ..errors import ConfigError"),
         ("tools/convert.py", "import transformers"),

@@ -70,4 +70,5 @@ def decoder_state_map(config: DecoderConfig) -> StateMap:
             "F": config.ffn_hidden_size,
         },
         query_groups=config.num_query_groups,
+        copies={"lm_head.weight": "model.embed_tokens.weight"} if config.tied_embeddings else {},
     )

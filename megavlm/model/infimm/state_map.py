@@ -66,7 +66,11 @@ def released_name(decoder_name: str) -> str:
 def _decoder_map(decoder: DecoderConfig) -> StateMap:
     """The decoder's own table under the released names: each layer has moved one level down."""
     plain = decoder_state_map(decoder)
-    return replace(plain, entries=tuple(_moved(entry) for entry in plain.entries))
+    return replace(
+        plain,
+        entries=tuple(_moved(entry) for entry in plain.entries),
+        copies={released_name(copy): released_name(name) for copy, name in plain.copies.items()},
+    )
 
 
 def _moved(entry: Entry) -> Entry:
