@@ -6,6 +6,7 @@ A multiplication and the addition behind it count as two.
 from __future__ import annotations
 
 from megavlm.model.towers.eva_config import EvaConfig
+from megavlm.model.towers.siglip_config import SiglipConfig
 
 
 def product_flops(rows: int, inner: int, columns: int) -> int:
@@ -29,3 +30,15 @@ def eva_flops(config: EvaConfig, images: int) -> int:
         + mlp_products * product_flops(tokens, width, config.mlp_width)
     )
     return images * (product_flops(config.patches, config.patch_values, width) + config.depth * block)
+
+
+def siglip_flops(config: SiglipConfig, images: int) -> int:
+    """A SigLIP tower over this many images."""
+    tokens, width = config.tokens, config.width
+    block = (
+        product_flops(tokens, width, 3 * width)
+        + attention_flops(tokens, tokens, width)
+        + product_flops(tokens, width, width)
+        + 2 * product_flops(tokens, width, config.mlp_width)
+    )
+    return images * (product_flops(tokens, config.patch_values, width) + config.depth * block)
