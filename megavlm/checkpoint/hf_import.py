@@ -6,7 +6,7 @@ Shapes are checked over the whole folder before the first weight is touched.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Protocol
 
 import torch
@@ -30,12 +30,22 @@ class WeightSource(Protocol):
     def read_columns(self, name: str, start: int, stop: int) -> Tensor: ...
 
 
-def check_folder(source: WeightSource, state_map: StateMap, where: str, prefix: str = "") -> None:
-    """Refuse a folder whose tensors, of those with names under the prefix, are not exactly those of the model."""
+def check_folder(
+    source: WeightSource,
+    state_map: StateMap,
+    where: str,
+    prefix: str = "",
+    unused: Callable[[str], bool] = lambda name: False,
+) -> None:
+    """Refuse a folder whose tensors, of those with names under the prefix, are not exactly those of the model.
+
+    `unused` says of a name whether the model is known to go without it (parts of a published tower).
+    """
     expected = state_map.folder_shapes()
     found = {name for name in source.names() if name.startswith(prefix) and not name.endswith(IGNORED_SUFFIXES)}
-    constants, copies = found & state_map.constants.keys(), found & state_map.copies.keys()
-    found -= constants | copies
+    found -= {name for name in found if unused(name)}
+    constants = found & state_map.constants.keys()
+    found -= constants
     if missing := [name for name in expected if name not in found]:
         raise WeightsError(
             where, missing[0], f"{len(missing)} of {len(expected)} tensors are missing", "take a complete folder"

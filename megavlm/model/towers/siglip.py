@@ -70,8 +70,8 @@ class SiglipAttention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """[n, t, D] -> [n, t, D]."""
         q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)  # each [n, h, t, d]
-        # On GPUs the flash kernel of torch < 2.10 refuses a batch of none (pytorch issue 165944); the values are as
-        # empty as its output, and keep the weights connected.
+        # On GPUs the flash kernel of older torch refuses a batch of none (pytorch issue 165944). The values are then as
+        # empty as its output would be, and keep the weights connected.
         out = F.scaled_dot_product_attention(q, k, v) if x.size(0) else v
         return self.proj(out.transpose(1, 2).flatten(2))
 

@@ -18,7 +18,13 @@ _HF_KEYS = {
     "mlp_width": "intermediate_size",
     "norm_epsilon": "layer_norm_eps",
 }
-_ACTIVATION = "gelu_pytorch_tanh"
+# what the tower is built for; a config may leave these out, for they are the defaults of transformers as well
+_HF_FIXED = {
+    "model_type": "siglip_vision_model",
+    "hidden_act": "gelu_pytorch_tanh",
+    "num_channels": 3,
+    "attention_dropout": 0.0,
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,6 +59,7 @@ class SiglipConfig(Config):
         require(
             self.width % self.heads == 0, self, "heads", f"does not divide width {self.width}", "use a divisor of width"
         )
+        require(self.norm_epsilon > 0, self, "norm_epsilon", "must be positive", "use 1e-6")
 
     @property
     def grid(self) -> int:
@@ -74,15 +81,17 @@ class SiglipConfig(Config):
         cls, vision: dict[str, Any], where: str = "config.json: vision_config", unused: int = 0
     ) -> SiglipConfig:
         """Read a vision config of transformers, less its last `unused` blocks; what this tower cannot compute is
-        refused. Keys that are missing have transformers' defaults there, which are another model's, so all are asked.
+        refused. A size that is missing has a default in transformers, but that of another model, so all are asked.
         """
         values: dict[str, Any] = {}
         for ours, key in _HF_KEYS.items():
             if key != "layer_norm_eps" and type(vision.get(key)) is not int:
-                raise ConfigError(f"{where}.{key}", vision.get(key), "must be a whole number", "take a complete config")
+                raise ConfigError(
+                    f"{where}.{key}", vision.get(key), "must be a whole number", "take a complete config.json"
+                )
             if key in vision:
                 values[ours] = vision[key]
-        for key, known in (("hidden_act", _ACTIVATION), ("num_channels", 3)):
+        for key, known in _HF_FIXED.items():
             if vision.get(key, known) != known:
                 raise ConfigError(
                     f"{where}.{key}", vision[key], f"only {known!r} is supported", "take a tower of that kind"
@@ -92,11 +101,8 @@ class SiglipConfig(Config):
     def to_hf(self) -> dict[str, Any]:
         """The vision config of transformers that `from_hf` reads back."""
         return {
-            "model_type": "siglip_vision_model",
+            **_HF_FIXED,
             **{key: getattr(self, ours) for ours, key in _HF_KEYS.items()},
-            "hidden_act": _ACTIVATION,
-            "num_channels": 3,
-            "attention_dropout": 0.0,
             "vision_use_head": False,
         }
 
