@@ -44,8 +44,8 @@ def check_folder(
     expected = state_map.folder_shapes()
     found = {name for name in source.names() if name.startswith(prefix) and not name.endswith(IGNORED_SUFFIXES)}
     found -= {name for name in found if unused(name)}
-    constants = found & state_map.constants.keys()
-    found -= constants
+    constants, copies = found & state_map.constants.keys(), found & state_map.copies.keys()
+    found -= constants | copies
     if missing := [name for name in expected if name not in found]:
         raise WeightsError(
             where, missing[0], f"{len(missing)} of {len(expected)} tensors are missing", "take a complete folder"

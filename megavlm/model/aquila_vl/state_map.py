@@ -5,7 +5,7 @@ The parts have tables of their own; a spelling says under which names a layout h
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from megavlm.errors import WeightsError
@@ -14,7 +14,7 @@ from megavlm.model.decoder.config import DecoderConfig
 from megavlm.model.decoder.state_map import decoder_state_map
 from megavlm.model.projector import projector_state_map
 from megavlm.model.state_map import Entry, StateMap, merged
-from megavlm.model.towers.siglip_state_map import siglip_state_map
+from megavlm.model.towers.siglip_state_map import find_siglip_prefix, siglip_state_map
 
 _EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
@@ -59,34 +59,21 @@ LLAVA_NEXT = Spelling(
     projector=("model.mm_projector.0.", "model.mm_projector.2."),
     newline="model.image_newline",
 )
-_READABLE = (
-    TRANSFORMERS,
-    LLAVA_NEXT,
-    # As transformers 5 writes it, and as its modules are called from 4.52 on.
-    replace(TRANSFORMERS, tower="vision_tower."),
-    Spelling(
-        decoder="model.language_model.",
-        head="lm_head.weight",
-        tower="model.vision_tower.vision_model.",
-        projector=("model.multi_modal_projector.linear_1.", "model.multi_modal_projector.linear_2."),
-        newline="model.image_newline",
-    ),
-    Spelling(
-        decoder="model.language_model.",
-        head="lm_head.weight",
-        tower="model.vision_tower.",
-        projector=("model.multi_modal_projector.linear_1.", "model.multi_modal_projector.linear_2."),
-        newline="model.image_newline",
-    ),
+_RUNTIME = Spelling(
+    decoder="model.language_model.",
+    head="lm_head.weight",
+    tower="model.vision_tower.vision_model.",
+    projector=("model.multi_modal_projector.linear_1.", "model.multi_modal_projector.linear_2."),
+    newline="model.image_newline",
 )
+"""As transformers' modules are called from 4.52 on, which some tools write out."""
 
 
-def find_spelling(names: Iterable[str], where: str) -> Spelling:
-    """The spelling of a folder's tensors."""
-    held = set(names)
-    for spelling in _READABLE:
-        if spelling.embedding in held and f"{spelling.tower}embeddings.position_embedding.weight" in held:
-            return spelling
+def find_spelling(names: Sequence[str], where: str) -> Spelling:
+    """The spelling of a folder's tensors; before the tower's, versions of transformers write different things."""
+    for spelling in (TRANSFORMERS, LLAVA_NEXT, _RUNTIME):
+        if spelling.embedding in names:
+            return replace(spelling, tower=find_siglip_prefix(names, where))
     raise WeightsError(
         where,
         TRANSFORMERS.embedding,

@@ -89,7 +89,8 @@ class EvaAttention(nn.Module):
         q, k, v = qkv.permute(2, 0, 3, 1, 4)
         if rope is not None:
             q, k = rotate(q, rope), rotate(k, rope)
-        out = F.scaled_dot_product_attention(q, k, v)
+        # On GPUs the flash kernel of older torch refuses a batch of none (pytorch issue 165944).
+        out = F.scaled_dot_product_attention(q, k, v) if x.size(0) else v
         return self.proj(self.sub_norm(out.transpose(1, 2).flatten(2)))
 
 
