@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
-
 import pytest
 import torch
-import torch.distributed as dist
-from megatron.core.tensor_parallel.random import CudaRNGStatesTracker
+from fake_world import join_fake_world
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from megavlm.batch import AttendedMedia, TextBatch
 from megavlm.build.model import build_model
@@ -21,7 +17,6 @@ from megavlm.model.resampler import ResamplerConfig
 from megavlm.model.towers.eva_config import eva_tower
 from megavlm.parallel import groups as process_groups
 from megavlm.parallel.schedule import run_schedule
-from megavlm.platform import machine
 from megavlm.testing import spawn
 
 LLAMA_13B = {
@@ -70,14 +65,6 @@ def real_run(name: str, **parallel: object) -> RunConfig:
         precision=PrecisionConfig(params_dtype="bfloat16"),
         make_vocab_size_divisible_by=2,
     )
-
-
-def join_fake_world(world_size: int) -> None:
-    """One process that believes in the others: collectives do nothing."""
-    machine.prepare()
-    # Comparing generator states reads numbers, which fake tensors have not.
-    CudaRNGStatesTracker.fork = lambda *_: contextlib.nullcontext()
-    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=world_size)
 
 
 def count_real_parameters(name: str) -> tuple[int, int]:
