@@ -1,8 +1,6 @@
 """One training step of a 100M-parameter Qwen2.5-shaped decoder: ours against transformers' model and torch's AdamW.
 
-Both sides start from the same weights and see the same rows. Ours goes the whole way of a run: pipeline schedule,
-megatron-core's DDP, gradient finalisation, clipping, distributed optimizer. Theirs is the shortest loop that does the
-same in plain torch, with its fastest settings on a CPU.
+Both sides start from the same weights and see the same rows.
 """
 
 from __future__ import annotations
@@ -13,22 +11,18 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import torch
-from torch import Tensor, nn
 from transformers import Qwen2ForCausalLM
 from transformers.utils.logging import disable_progress_bar
 
 from megavlm.batch import TextBatch
-from megavlm.bench.harness import THREADS, Comparison, Pass, Side, timed
+from megavlm.bench.harness import THREADS, Comparison
+from megavlm.bench.steps import our_side, their_side
 from megavlm.build.model import Model, build_model
 from megavlm.build.run_config import DecoderConfig, OptimizerConfig, PrecisionConfig, RunConfig, TrainConfig
 from megavlm.data.toy_text import toy_step
 from megavlm.export.hf_export import export_model
-from megavlm.model.decoder.model import Decoder
 from megavlm.parallel import groups as parallel_groups
 from megavlm.parallel.groups import Groups
-from megavlm.parallel.wrap import wrap_data_parallel
-from megavlm.train.optim import build_optimizer
-from megavlm.train.step import train_step
 
 TARGET = 1.05
 
@@ -70,7 +64,7 @@ def decoder_step(quick: bool) -> Iterator[Comparison]:
     parallel_groups.join()
     groups = parallel_groups.start(run.parallel, run.train.seed)
     built = build_model(run, groups)
-    chunks, model = built.chunks, same_model(built, run, groups)
+    model = same_model(built, run, groups)
     shape = run.decoder
     try:
         yield Comparison(
@@ -79,8 +73,10 @@ def decoder_step(quick: bool) -> Iterator[Comparison]:
                 f"{model.num_parameters() / 1e6:.0f}M Qwen2.5-shaped decoder ({shape.num_layers} layers of "
                 f"{shape.hidden_size}, vocabulary {shape.vocab_size}), float32, 1 row of {run.train.seq_length} tokens"
             ),
-            ours=our_side(chunks, run, groups),
-            theirs=their_side(model, run, groups),
+            ours=our_side(built, run, groups, rows_of(run)),
+            theirs=their_side(
+                model, run, groups, ({"input_ids": row.tokens, "labels": row.tokens} for row in rows_of(run))
+            ),
             target=TARGET,
             rounds=3 if quick else 20,
             warmup=1 if quick else 3,
@@ -114,48 +110,3 @@ def rows_of(run: RunConfig) -> Iterator[TextBatch]:
             data_size=1,
         )
         step += 1
-
-
-def our_side(chunks: list[Decoder], run: RunConfig, groups: Groups) -> Side:
-    """The step that every run of ours takes."""
-    wrapped = wrap_data_parallel(list(chunks), run.data_parallel)
-    optimizer, _ = build_optimizer(wrapped, run)
-    rows = rows_of(run)
-
-    def step() -> Pass:
-        batch = next(rows).to(groups.device)
-        return timed(lambda: train_step(wrapped, optimizer, [batch], groups).loss)
-
-    return Side("megavlm", step)
-
-
-def their_side(model: Qwen2ForCausalLM, run: RunConfig, groups: Groups) -> Side:
-    """The step as one writes it in plain torch; of AdamW's variants the fused one is the fastest."""
-    model.train()
-    parameters = list(model.parameters())
-    settings = run.optimizer
-    optimizer = torch.optim.AdamW(
-        [
-            {"params": [p for p in parameters if p.dim() > 1], "weight_decay": settings.weight_decay},
-            {"params": [p for p in parameters if p.dim() == 1], "weight_decay": 0.0},
-        ],
-        lr=settings.lr,
-        betas=(settings.adam_beta1, settings.adam_beta2),
-        eps=settings.adam_eps,
-        fused=True,
-    )
-    rows = rows_of(run)
-
-    def step(tokens: Tensor) -> float:
-        optimizer.zero_grad(set_to_none=True)
-        loss = model(input_ids=tokens, labels=tokens, use_cache=False).loss
-        loss.backward()
-        nn.utils.clip_grad_norm_(parameters, settings.clip_grad)
-        optimizer.step()
-        return loss.item()
-
-    def timed_step() -> Pass:
-        tokens = next(rows).tokens.to(groups.device)
-        return timed(lambda: step(tokens))
-
-    return Side("transformers", timed_step)

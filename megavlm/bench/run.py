@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from megavlm.bench.adapter import adapter
+from megavlm.bench.aquila_vl_step import aquila_vl_step
 from megavlm.bench.decoder_step import decoder_step
 from megavlm.bench.harness import Comparison, DisagreementError, Row, measure
 from megavlm.bench.report import append, machine, table
@@ -17,6 +18,7 @@ from megavlm.bench.report import append, machine, table
 BENCHMARKS: dict[str, Callable[[bool], AbstractContextManager[Comparison]]] = {
     "adapter": adapter,
     "decoder-step": decoder_step,
+    "aquila-vl-step": aquila_vl_step,
 }
 """Name -> a function of `quick` (the same path at toy size) that sets the two sides up and clears them away."""
 

@@ -28,6 +28,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.autograd.function import once_differentiable
 
 _installed = False
 
@@ -187,10 +188,42 @@ def _scale(chunk_size: int, noop_flag: Any, tensor_lists: list[list[torch.Tensor
         torch.mul(source, scale, out=target)
 
 
+class _SwiGLU(torch.autograd.Function):
+    """silu(gate) * up of [..., gate and up], its gradient written in place: autograd's would be put together by a copy
+    of both halves, the largest tensor of a layer.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, both: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(both)
+        gate, up = both.chunk(2, dim=-1)
+        return torch.nn.functional.silu(gate).mul_(up)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: torch.Tensor) -> torch.Tensor:
+        (both,) = ctx.saved_tensors
+        gate, up = both.chunk(2, dim=-1)
+        of_both = torch.empty_like(both)
+        of_gate, of_up = of_both.chunk(2, dim=-1)
+        scratch = torch.nn.functional.silu(gate)
+        torch.mul(grad, scratch, out=of_up)
+        torch.mul(grad, up, out=scratch)
+        torch.ops.aten.silu_backward.grad_input(scratch, gate, grad_input=of_gate)
+        return of_both
+
+
+def _swiglu(both: torch.Tensor, bias: None, fp8_input_store: bool = False, offload: bool = False) -> torch.Tensor:
+    assert bias is None, "these decoders have no bias in their MLP"
+    output: torch.Tensor = _SwiGLU.apply(both)
+    return output
+
+
 _FASTER: dict[str, dict[str, Callable[..., Any]]] = {
     "megatron.core.distributed.param_and_grad_buffer": {
         "dist_reduce_scatter_func": _reduce_scatter,
         "dist_all_gather_func": _all_gather,
     },
     "megatron.core.optimizer.clip_grads": {"multi_tensor_scale_impl": _scale},
+    "megatron.core.transformer.mlp": {"bias_swiglu_impl": _swiglu},
 }

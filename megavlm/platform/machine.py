@@ -44,8 +44,9 @@ def fused_parts(transformer_engine: bool) -> dict[str, bool | str]:
         "apply_rope_fusion": cuda and transformer_engine,
         "cross_entropy_loss_fusion": cuda,
         "cross_entropy_fusion_impl": "te" if transformer_engine else "native",
-        # torch.compile'd; on a CPU they run eager and save nothing.
-        "bias_activation_fusion": cuda,
+        # torch.compile'd on a GPU, and on a CPU written by hand in the adapter.
+        "bias_activation_fusion": True,
+        # torch.compile'd; on a CPU it runs eager and saves nothing.
         "bias_dropout_fusion": cuda,
     }
 

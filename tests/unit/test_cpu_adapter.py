@@ -136,3 +136,17 @@ def test_seeds_of_the_tracker_repeat_and_differ() -> None:
     assert torch.equal(first[1], again[1])
     assert not torch.equal(first[0], first[1])
     assert not torch.equal(first[1], other[1])
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+def test_the_gated_activation_and_its_gradient_are_autograds(dtype: torch.dtype) -> None:
+    machine.prepare()
+    both = torch.randn(5, 2, 14, dtype=dtype, requires_grad=True)
+    grad = torch.randn(5, 2, 7, dtype=dtype)
+    found = importlib.import_module("megatron.core.transformer.mlp").bias_swiglu_impl(both, None)
+    gate, up = both.chunk(2, dim=-1)
+    expected = torch.nn.functional.silu(gate) * up
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
+    (mine,) = torch.autograd.grad(found, both, grad)
+    (theirs,) = torch.autograd.grad(expected, both, grad)
+    torch.testing.assert_close(mine, theirs)
