@@ -115,7 +115,12 @@ def eos_token_ids(path: str | Path) -> tuple[int, ...]:
     generation = Path(path) / "generation_config.json"
     config = _read_json(Path(path) / "config.json")
     # A model with eyes describes its decoder in a section of its own.
-    places = [_read_json(generation) if generation.is_file() else {}, config, config.get("language", {})]
+    places = [
+        _read_json(generation) if generation.is_file() else {},
+        config,
+        config.get("language", {}),
+        config.get("text_config", {}),
+    ]
     found: Any = next((place["eos_token_id"] for place in places if place.get("eos_token_id") is not None), [])
     ids = found if isinstance(found, list) else [found]
     if not all(isinstance(token, int) for token in ids):

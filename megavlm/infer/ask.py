@@ -13,8 +13,8 @@ from megavlm.checkpoint.hf_folder import HFFolder
 from megavlm.config import Config, option
 from megavlm.data.tokenizer import Tokenizer
 from megavlm.errors import ConfigError
-from megavlm.infer.generate import Prompt, check_generation, generate
-from megavlm.infer.prompt import read_prompt
+from megavlm.infer.generate import check_generation, generate
+from megavlm.infer.prompt import Prompt, read_prompt
 from megavlm.infer.sampling import SamplingConfig
 from megavlm.parallel.groups import Groups
 

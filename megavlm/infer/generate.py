@@ -10,32 +10,19 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
-from megavlm.batch import AttendedMedia, TextBatch, preceding_images
 from megavlm.build.model import Model
 from megavlm.build.run_config import RunConfig
 from megavlm.checkpoint.hf_folder import eos_token_ids
 from megavlm.errors import ConfigError, DataError, LayoutError
+from megavlm.infer.prompt import Prompt
 from megavlm.infer.sampling import SamplingConfig, choose_token
-from megavlm.model.infimm.model import InfiMM, MediaInput
+from megavlm.infer.seen import what_is_seen
 from megavlm.model.kv_cache import CachedDecoder
 from megavlm.parallel.groups import Groups
-
-
-@dataclass(frozen=True)
-class Prompt:
-    """One text to go on with, and its images in the order of their tags."""
-
-    tokens: Tensor
-    """[length], int64."""
-    images: int = 0
-    """How many images there are."""
-    patches: Tensor | None = None
-    """[images * patches of one, values of a patch], as `tiles` lays them; none where there are no images."""
 
 
 @torch.no_grad()
@@ -51,11 +38,11 @@ def generate(
     texts = _Texts(prompts, settings, ends)
     with _evaluating(chunk):
         decoder = CachedDecoder(chunk, *texts.tokens.shape)
-        media = None if run.infimm is None else _read_images(model, texts.tokens, prompts, run, groups)
+        seen = what_is_seen(model, run, groups, prompts, texts.tokens.size(1))
         start, stop = 0, min(len(prompt.tokens) for prompt in prompts)
         while not texts.done:
-            seen = {} if media is None else {"media": replace(media, token_map=media.token_map[:, start:stop])}
-            logits = decoder.read(texts.tokens[:, start:stop].to(groups.device), **seen)
+            piece = texts.tokens[:, start:stop].to(groups.device)
+            logits = decoder.read(piece, **seen(piece, start))
             texts.go_on(stop, logits[:, : run.decoder.vocab_size].float().cpu())
             start, stop = stop, stop + 1
     return texts.answers
@@ -84,7 +71,7 @@ def check_generation(run: RunConfig, prompts: Sequence[Prompt], settings: Sampli
                 f"the decoder has {run.decoder.vocab_size} tokens",
                 "take the tokenizer of the model's own folder",
             )
-        if run.infimm is None and prompt.images:
+        if run.infimm is None and run.aquila_vl is None and prompt.images:
             raise DataError(f"{where}: images", prompt.images, "the model is a decoder alone", "leave the images out")
 
 
@@ -142,29 +129,3 @@ class _Texts:
             if position >= self.prompt_lengths[row] and not self._is_finished(answer):
                 answer.append(choose_token(logits[row], self.settings, self.draws[row]))
                 self.tokens[row, position] = answer[-1]
-
-
-def _read_images(model: Model, tokens: Tensor, prompts: Sequence[Prompt], run: RunConfig, groups: Groups) -> MediaInput:
-    """The latents of all images, computed once, and which image each token sees, up to the longest text.
-
-    Behind its prompt a row goes on seeing its last image, whatever tokens are chosen.
-    """
-    assert run.infimm is not None and model.inputs is not None
-    (chunk,) = model.chunks
-    assert isinstance(chunk, InfiMM)
-    image_of_token = torch.full_like(tokens, -1)
-    has_image = torch.zeros_like(tokens, dtype=torch.bool)
-    images = 0
-    for row, prompt in enumerate(prompts):
-        (of_prompt,), _ = preceding_images(prompt.tokens.unsqueeze(0), run.infimm.image_token_id, [prompt.images])
-        seen = torch.cat([of_prompt, of_prompt[-1:].expand(tokens.size(1) - len(of_prompt))])
-        image_of_token[row] = torch.where(seen < 0, -1, seen + images)
-        has_image[row] = prompt.images > 0
-        images += prompt.images
-    tower = run.infimm.tower
-    no_patches = torch.empty(0, 3 * tower.patch_size**2)
-    patches = torch.cat([no_patches if prompt.patches is None else prompt.patches for prompt in prompts])
-    media = AttendedMedia(patches, images, image_of_token, has_image)
-    batch = TextBatch(tokens, tokens, torch.zeros(tokens.shape), media=media).to(groups.device)
-    asked: MediaInput = model.inputs([batch])(batch)["media"]
-    return MediaInput(asked.token_map, images, latents=chunk.media_latents(asked))

@@ -3,15 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from megavlm.build.run_config import RunConfig
 from megavlm.data.images import clip_pixels, open_image
 from megavlm.data.tokenizer import IMAGE_TAG, Tokenizer
 from megavlm.errors import DataError, WeightsError
-from megavlm.infer.generate import Prompt
-from megavlm.tiles import patch_rows
+from megavlm.tiles import ImagePlan, patch_rows
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One text to go on with, and its images in the order of their tags."""
+
+    tokens: Tensor
+    """[length], int64; of Aquila-VL as many placeholders for each image as it has tokens."""
+    images: int = 0
+    """How many images there are."""
+    patches: Tensor | None = None
+    """[images * patches of one, values of a patch], as `tiles` lays them; none where there are no images."""
+    plans: tuple[ImagePlan, ...] = ()
+    """Of Aquila-VL: how each image is cut into tiles."""
 
 
 def read_prompt(text: str, image_files: Sequence[str], run: RunConfig, tokenizer: Tokenizer, chat: bool) -> Prompt:

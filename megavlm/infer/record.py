@@ -76,15 +76,15 @@ def _random_inputs(run: RunConfig, draw: random.Random) -> Iterator[tuple[str, I
     parts = run.aquila_vl
     size = parts.tower.image_size
     sizes = [(draw.randint(1, 5 * size), draw.randint(1, 5 * size)) for _ in range(4)]
-    yield "image", _rows(run, draw, [[sizes[0]]])
-    yield "thin image", _rows(run, draw, [[(draw.randint(3 * size, 6 * size), 1)]])
-    yield "several images", _rows(run, draw, [sizes[1:]])
-    yield "text", _rows(run, draw, [[]])
-    yield "video", _rows(run, draw, [[]], frames=[3])
-    yield "mixed batch", _rows(run, draw, [[sizes[3]], [], sizes[:2]], frames=[0, 2, 0])
+    yield "image", random_rows(run, draw, [[sizes[0]]])
+    yield "thin image", random_rows(run, draw, [[(draw.randint(3 * size, 6 * size), 1)]])
+    yield "several images", random_rows(run, draw, [sizes[1:]])
+    yield "text", random_rows(run, draw, [[]])
+    yield "video", random_rows(run, draw, [[]], frames=[3])
+    yield "mixed batch", random_rows(run, draw, [[sizes[3]], [], sizes[:2]], frames=[0, 2, 0])
 
 
-def _rows(
+def random_rows(
     run: RunConfig, draw: random.Random, images: list[list[tuple[int, int]]], frames: list[int] | None = None
 ) -> Inputs:
     """A batch whose rows hold images of these sizes (width, height), and each a video of so many frames."""

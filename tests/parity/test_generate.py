@@ -17,8 +17,9 @@ from megavlm.build.from_folder import run_from_folder
 from megavlm.build.model import Model, build_model
 from megavlm.build.run_config import ParallelConfig, PrecisionConfig, RunConfig, check_for_world
 from megavlm.errors import MegavlmError
-from megavlm.infer.generate import Prompt, generate
+from megavlm.infer.generate import generate
 from megavlm.infer.logits import compute_logits
+from megavlm.infer.prompt import Prompt
 from megavlm.infer.sampling import SamplingConfig, choose_token
 from megavlm.parallel import groups as process_groups
 from megavlm.parallel.groups import Groups

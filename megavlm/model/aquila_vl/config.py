@@ -55,6 +55,11 @@ class AquilaVLConfig(Config):
             "take both from the tokenizer",
         )
 
+    @property
+    def placeholders(self) -> tuple[int, int]:
+        """The tokens of images and of videos."""
+        return self.image_token_id, self.video_token_id
+
 
 def is_aquila_vl(hf: dict[str, Any]) -> bool:
     """Whether a config.json is of this family, in either layout (a re-saved copy may call itself its decoder)."""
