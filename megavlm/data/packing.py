@@ -32,6 +32,8 @@ MOST_FULL = 8
 """Rows without room for a sample that are looked at before packing evenly is given up."""
 TARGET = 1.04
 """Bundles that cost up to this many times the mean are even."""
+LAST_TARGET = 1.048
+"""Only above this are they worth the search through pairs of samples."""
 RANK_TARGET = 1.01
 """So are ranks, of several bundles each, up to this."""
 
@@ -217,7 +219,7 @@ def _levelled(row_of: Ints, rows: int, sizes: Ints, caps: Ints, even: Ints, bund
     leveller = Leveller(even, sizes, row_of, rows, bundles)
     longer = np.maximum(totals(sizes, row_of, rows).max(1), (sizes.sum(1) * LONGER / rows).astype(np.int64))
     leveller.run(np.minimum(caps, longer), TARGET)
-    leveller.run(caps, TARGET, with_pairs=True)
+    leveller.run(caps, LAST_TARGET, with_pairs=True)
     return leveller.row_of
 
 

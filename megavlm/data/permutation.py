@@ -21,7 +21,7 @@ from megavlm.tiles import Ints
 Words = NDArray[np.uint64]
 
 SMALLEST_NETWORK = 1_024
-ROUNDS = 8
+ROUNDS = 6
 """Of the network. The statistics that its tests take show 3 rounds, and no longer 4."""
 LARGEST = 1 << 60
 
