@@ -7,7 +7,7 @@ and positions stay within them.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import KW_ONLY, dataclass, fields, replace
 from typing import Self
 
 import torch
@@ -24,9 +24,16 @@ class Media:
     """What the tower sees of one microbatch; how the decoder sees it is the family's matter."""
 
     patches: Tensor
-    """[images * patches of one, values of a patch]: the tower's patch rows, as `tiles` lays them."""
-    images: int
-    """Images that the tower sees (tiles, where images are cut into such), in the order of their tags."""
+    """[tiles * patches of one, values of a patch]: the tower's patch rows, as `tiles` lays them."""
+    tiles: tuple[int, ...]
+    """Tiles of each picture, in the order of their tags: what the tower sees. 1 where pictures are not cut."""
+    held: tuple[int, ...] | None = None
+    """The pictures whose rows `patches` has, ascending; None: all. A rank needs those alone that it encodes."""
+
+    @property
+    def images(self) -> int:
+        """What the tower sees: the tiles of all pictures."""
+        return sum(self.tiles)
 
     def to(self, device: torch.device) -> Self:
         """The images on another device."""
@@ -42,6 +49,7 @@ class Media:
 class AttendedMedia(Media):
     """Images that tokens attend to, and which token sees which."""
 
+    _: KW_ONLY
     image_of_token: Tensor
     """[rows, length], int64: the image that each token sees, counted over the microbatch; -1: none yet."""
     has_image: Tensor
@@ -76,6 +84,7 @@ class AssembleTable:
 class SplicedMedia(Media):
     """Images whose tokens stand in the rows of text."""
 
+    _: KW_ONLY
     table: AssembleTable
     """Where each position comes from."""
 

@@ -30,12 +30,15 @@ def spliced_batch(
     plans: Sequence[ImagePlan],
     patches: Tensor,
     cu_seqlens: Tensor | None = None,
+    held: tuple[int, ...] | None = None,
 ) -> TextBatch:
     """A microbatch of rows [rows, length] whose positions of `is_image` hold the tokens of the planned images.
 
-    `patches` are the patch rows of all of them; `targets` are labels in transformers' sense.
+    `patches` are the patch rows of all of them, or of those that are `held`; `targets` are labels in transformers'
+    sense.
     """
-    media = SplicedMedia(patches, sum(plan.tiles for plan in plans), assemble_table(is_image, plans))
+    tiles = tuple(plan.tiles for plan in plans)
+    media = SplicedMedia(patches, tiles, held, table=assemble_table(is_image, plans))
     return replace(next_token_batch(tokens, targets, cu_seqlens), media=media)
 
 

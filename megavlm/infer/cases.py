@@ -126,4 +126,5 @@ def _attended(tokens: Tensor, given: Tensor | None, parts: InfiMMConfig, row: in
         size = (3, tower.image_size, tower.image_size)
         raise DataError(f"row {row}: images", tuple(given.shape[1:]), f"the tower takes {size}", "resize them")
     image_of_token, has_image = preceding_images(tokens, parts.image_token_id, [tags])
-    return AttendedMedia(patch_rows(given[:tags], tower.patch_size), tags, image_of_token, has_image)
+    patches = patch_rows(given[:tags], tower.patch_size)
+    return AttendedMedia(patches, (1,) * tags, image_of_token=image_of_token, has_image=has_image)

@@ -47,7 +47,8 @@ def _attended(model: Model, parts: InfiMMConfig, groups: Groups, prompts: Sequen
         image_of_token[row] = torch.where(seen < 0, -1, seen + images)
         has_image[row] = prompt.images > 0
         images += prompt.images
-    media = AttendedMedia(_patches(prompts, 3 * parts.tower.patch_size**2), images, image_of_token, has_image)
+    patches = _patches(prompts, 3 * parts.tower.patch_size**2)
+    media = AttendedMedia(patches, (1,) * images, image_of_token=image_of_token, has_image=has_image)
     tokens = torch.zeros_like(image_of_token)
     batch = TextBatch(tokens, tokens, torch.zeros(tokens.shape), media=media).to(groups.device)
     asked: MediaInput = model.inputs([batch])(batch)["media"]

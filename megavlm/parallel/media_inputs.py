@@ -7,6 +7,7 @@ tensor- and pipeline-parallel ranks together.
 
 from __future__ import annotations
 
+import itertools
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -25,6 +26,7 @@ from megavlm.parallel.vision_parallel import (
     deal_images,
     encode_ahead,
     gather_images,
+    in_tiles,
     rows_of_images,
 )
 
@@ -58,36 +60,64 @@ class MediaInputs(ABC):
     def of_other_stages(self, media: Media) -> object:
         """The argument of all other chunks."""
 
+    def own_pictures(self, tiles: Sequence[Sequence[int]]) -> list[tuple[int, ...]]:
+        """Which pictures of each microbatch this rank encodes: those that have to be read and decoded here.
+
+        `tiles` are those of each picture of each microbatch of a step.
+        """
+        if not self.over_all_stages:
+            return [tuple(self._pictures_dealt(of_batch)) for of_batch in tiles]
+        group = self.groups.collection.mp
+        own = deal_images([tile for of_batch in tiles for tile in of_batch], group.size())[group.rank()]
+        ends = list(itertools.accumulate(map(len, tiles), initial=0))
+        return [tuple(n - first for n in own if first <= n < end) for first, end in itertools.pairwise(ends)]
+
+    def _pictures_dealt(self, tiles: Sequence[int]) -> list[int]:
+        """Of one microbatch, over the first stage's tensor-parallel ranks."""
+        if self.groups.pipeline_rank > 0:
+            return []
+        return deal_images(tiles, self.tensor_group.size())[self.tensor_group.rank()]
+
     def _input(self, media: Media, ahead: Tensor | None) -> object:
         if self.groups.pipeline_rank > 0:
             return self.of_other_stages(media)
-        deal = deal_images([1.0] * media.images, self.tensor_group.size())
+        deal = in_tiles(deal_images(media.tiles, self.tensor_group.size()), media.tiles)
         own = deal[self.tensor_group.rank()]
-        encode = partial(self._encode, media, own) if ahead is None else partial(rows_of_images, ahead, 1, own)
+        encode = partial(self._encode, media) if ahead is None else partial(rows_of_images, ahead, 1, own)
         return self.of_first_stage(media, deal, encode)
 
-    def _encode(self, media: Media, own: list[int]) -> Tensor:
+    def _encode(self, media: Media) -> Tensor:
         assert self.tower is not None
+        rows = self._rows([media], [tuple(self._pictures_dealt(media.tiles))])
         learns = any(parameter.requires_grad for parameter in self.tower.parameters())
         with torch.set_grad_enabled(learns and torch.is_grad_enabled()):
-            features: Tensor = self.tower(self._rows(media.patches, own))
+            features: Tensor = self.tower(rows)
         return features
 
     def _encode_ahead(self, batches: Sequence[TextBatch]) -> list[Tensor]:
         """Features of each batch's images, on the first stage; the other stages only help."""
         assert self.tower is not None
         group = self.groups.collection.mp
-        images_in = [_media(batch).images for batch in batches]
-        deal: Deal = deal_images([1.0] * sum(images_in), group.size())
-        patches = torch.cat([_media(batch).patches for batch in batches])
-        rows = self._rows(patches, deal[group.rank()])
+        media = [_media(batch) for batch in batches]
+        tiles = [tile for one in media for tile in one.tiles]
+        deal = in_tiles(deal_images(tiles, group.size()), tiles)
+        rows = self._rows(media, self.own_pictures([one.tiles for one in media]))
         keep = self.groups.pipeline_rank == 0
+        images_in = [one.images for one in media]
         return encode_ahead(self.tower, rows, self.patches_per_image, deal, group, images_in, keep)
 
-    def _rows(self, patches: Tensor, images: list[int]) -> Tensor:
+    def _rows(self, media: Sequence[Media], own: Sequence[tuple[int, ...]]) -> Tensor:
+        """The patch rows of the own pictures of several microbatches."""
         assert self.tower is not None
-        rows = rows_of_images(patches, self.patches_per_image, images)
+        rows = torch.cat([self._rows_of(one, pictures) for one, pictures in zip(media, own, strict=True)])
         return rows.to(next(self.tower.parameters()).dtype)
+
+    def _rows_of(self, media: Media, own: tuple[int, ...]) -> Tensor:
+        if media.held is not None:
+            assert media.held == own, f"the batch holds the pictures {media.held}, this rank encodes {own}"
+            return media.patches
+        (tiles,) = in_tiles([list(own)], media.tiles)
+        return rows_of_images(media.patches, self.patches_per_image, tiles)
 
 
 class AttendedInputs(MediaInputs):

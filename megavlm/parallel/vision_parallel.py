@@ -12,6 +12,7 @@ summed over the ranks when a step's gradients are finalised.
 from __future__ import annotations
 
 import heapq
+import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Literal
 
@@ -48,6 +49,12 @@ def deal_images(costs: Sequence[float], ranks: int) -> Deal:
         deal[rank].append(image)
         heapq.heappush(least_first, (load + costs[image], count + 1, rank))
     return [sorted(images) for images in deal]
+
+
+def in_tiles(deal: Deal, tiles: Sequence[int]) -> Deal:
+    """A deal of pictures, each of so many tiles, as one of tiles: what the tower sees of a picture stays together."""
+    ends = list(itertools.accumulate(tiles))
+    return [[tile for picture in own for tile in range(ends[picture] - tiles[picture], ends[picture])] for own in deal]
 
 
 def rows_of_images(patches: Tensor, patches_per_image: int, images: Sequence[int]) -> Tensor:

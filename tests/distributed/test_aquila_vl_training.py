@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,9 @@ from megavlm.data.assemble_tables import spliced_batch
 from megavlm.export.hf_export import folder_tensors
 from megavlm.infer.cases import Case, case_batches
 from megavlm.infer.logits import compute_logits
+from megavlm.model.freeze import PARTS_OF_AQUILA_VL
 from megavlm.parallel import groups as process_groups
+from megavlm.parallel.media_inputs import MediaInputs
 from megavlm.parallel.schedule import forward_backward
 from megavlm.parallel.wrap import wrap_data_parallel
 from megavlm.testing import assert_gradients_close, assert_logits_close, assert_losses_close, spawn
@@ -138,6 +141,51 @@ def compare_batching(folder: Path, degrees: dict[str, Any]) -> None:
 @pytest.mark.parametrize("degrees", [{}, TP2, TP2_SP, PP2], ids=["one process", "TP=2", "TP=2 with SP", "PP=2"])
 def test_packed_rows_equal_separate_rows(degrees: dict[str, Any], folder: Path) -> None:
     spawn(compare_batching, ParallelConfig(**degrees).model_parallel_size, folder, degrees)
+
+
+def compare_held(folder: Path, degrees: dict[str, Any], trainable: Any) -> None:
+    """Batches that hold the pixels of this rank's own pictures alone give the gradients of those that hold all."""
+    process_groups.join()
+    run = tiny_run(folder, degrees, trainable=trainable)
+    assert run.aquila_vl is not None
+    groups = process_groups.start(run.parallel)
+    model = build_model(run, groups)
+    chunks = wrap_data_parallel(list(model.chunks), run.data_parallel)
+    grid = run.aquila_vl.grid
+    shapes = [[(150, 120)], [(30, 60), (200, 9), (5, 5)], []]
+    rows = [random_row(grid, seed, one) for seed, one in enumerate(shapes)]
+    batches = [batch_of(rows[:1]), batch_of(rows[1:], packed=True)]
+    forward_backward(chunks, batches, groups, model.inputs)
+    expected = gradients(chunks, run, groups)
+    assert isinstance(model.inputs, MediaInputs)
+    own = model.inputs.own_pictures([batch.media.tiles for batch in batches if batch.media])
+    counts: list[Any] = [None] * groups.world_size
+    torch.distributed.all_gather_object(counts, sum(map(len, own)))
+    assert sum(counts) == 4
+    forward_backward(chunks, list(map(hold_only, batches, own)), groups, model.inputs)
+    assert_gradients_close(gradients(chunks, run, groups), expected, tolerance=1e-5)
+
+
+def hold_only(batch: TextBatch, own: tuple[int, ...]) -> TextBatch:
+    assert batch.media is not None
+    pictures = batch.media.patches.split([tiles * (TILE // 14) ** 2 for tiles in batch.media.tiles])
+    patches = torch.cat([batch.media.patches[:0], *(pictures[number] for number in own)])
+    return replace(batch, media=replace(batch.media, patches=patches, held=own))
+
+
+@pytest.mark.parametrize(
+    "degrees, trainable",
+    [
+        (TP2, PARTS_OF_AQUILA_VL),
+        ({**TP2_SP, **PP2}, PARTS_OF_AQUILA_VL),
+        ({**TP2, **PP2, "vision_over": "all_stages"}, ("decoder", "projector", "newline")),
+    ],
+    ids=["TP=2", "TP=2 x PP=2 with SP", "TP=2 x PP=2, all stages encoding"],
+)
+def test_ranks_need_the_pixels_of_their_own_pictures_alone(
+    degrees: dict[str, Any], trainable: Any, folder: Path
+) -> None:
+    spawn(compare_held, ParallelConfig(**degrees).model_parallel_size, folder, degrees, trainable)
 
 
 def plain_decoder_folder(source: Path, target: Path) -> Path:

@@ -90,9 +90,9 @@ def one_rank_forward_and_backward(sequence_parallel: bool) -> dict[str, int]:
         tower = run.infimm.tower
         media = AttendedMedia(
             torch.zeros(images * tower.patches, tower.patch_values),
-            images,
-            torch.zeros(rows, length, dtype=torch.int64),
-            torch.ones(rows, length, dtype=torch.bool),
+            (1,) * images,
+            image_of_token=torch.zeros(rows, length, dtype=torch.int64),
+            has_image=torch.ones(rows, length, dtype=torch.bool),
         )
         batch = TextBatch(tokens, tokens, torch.ones(rows, length), media=media)
 

@@ -75,9 +75,9 @@ def pack(rows: list[TextBatch]) -> TextBatch:
         before += row.media.images
     media = AttendedMedia(
         torch.cat([row.media.patches for row in rows if row.media]),
-        before,
-        torch.cat(images, dim=1),
-        torch.cat([row.media.has_image for row in rows if isinstance(row.media, AttendedMedia)], dim=1),
+        (1,) * before,
+        image_of_token=torch.cat(images, dim=1),
+        has_image=torch.cat([row.media.has_image for row in rows if isinstance(row.media, AttendedMedia)], dim=1),
     )
 
     def joined(what: str) -> Tensor:
@@ -218,7 +218,7 @@ def random_batch(run: RunConfig, images: int, seed: int) -> TextBatch:
     patches = torch.randn(images * tower.patches, tower.patch_values, generator=generator)
     image_of_token, has_image = preceding_images(tokens, run.infimm.image_token_id, [images])
     text = next_token_batch(tokens)
-    media = AttendedMedia(patches, images, image_of_token, has_image)
+    media = AttendedMedia(patches, (1,) * images, image_of_token=image_of_token, has_image=has_image)
     return TextBatch(text.tokens, text.labels, text.loss_weights, media=media)
 
 

@@ -189,7 +189,7 @@ def infimm_batch(run: RunConfig, prompt: Prompt, answer: list[int]) -> TextBatch
     tokens = torch.cat([prompt.tokens, torch.tensor(answer, dtype=torch.int64)])[None]
     seen, has_image = preceding_images(tokens, run.infimm.image_token_id, [prompt.images])
     plain = next_token_batch(tokens)
-    media = AttendedMedia(prompt.patches, prompt.images, seen, has_image)
+    media = AttendedMedia(prompt.patches, (1,) * prompt.images, image_of_token=seen, has_image=has_image)
     return TextBatch(plain.tokens, plain.labels, plain.loss_weights, media=media)
 
 
