@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from transformers import AutoTokenizer
 
 from megavlm.errors import DataError, WeightsError
+from megavlm.tiles import Ints
 
 IMAGE_TAG = "<image>"
+VIDEO_TAG = "<video>"
 _FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 
 
@@ -21,7 +25,8 @@ def has_tokenizer(folder: str | Path) -> bool:
 class Tokenizer:
     """What reading and writing text needs of transformers' tokenizers."""
 
-    def __init__(self, folder: str | Path) -> None:
+    def __init__(self, folder: str | Path, added_tokens: Sequence[str] = ()) -> None:
+        """`added_tokens`: words that each become one token, the next free ones, where the folder has none for them."""
         folder = Path(folder)
         where = "tokenizer of"
         if not has_tokenizer(folder):
@@ -36,12 +41,25 @@ class Tokenizer:
             raise WeightsError(
                 where, str(folder), f"cannot be read: {_first_line(error)}", "copy its files again"
             ) from error
+        self._tokenizer.add_tokens([word for word in added_tokens if self.token_of(word) is None], special_tokens=True)
         self.folder = folder
 
     def encode(self, text: str) -> list[int]:
         """The tokens of a text, with those that the tokenizer sets around each (a beginning, as a rule)."""
         tokens: list[int] = self._tokenizer(text)["input_ids"]
         return tokens
+
+    def encode_with_spans(self, text: str, surround: bool) -> tuple[Ints, Ints]:
+        """(tokens [T], spans [T, 2]) of a text: the characters, from and up to, that each token stands for.
+
+        `surround`: with the tokens that the tokenizer sets around each text, which stand for none.
+        """
+        if not self._tokenizer.is_fast:
+            problem, remedy = "cannot tell where its tokens lie in a text", "add its tokenizer.json"
+            raise WeightsError("tokenizer of", str(self.folder), problem, remedy)
+        made = self._tokenizer(text, add_special_tokens=surround, return_offsets_mapping=True)
+        tokens, spans = np.array(made["input_ids"], np.int64), np.array(made["offset_mapping"], np.int64)
+        return tokens, spans.reshape(-1, 2)
 
     def encode_question(self, question: str) -> list[int]:
         """The tokens of a conversation that ends with this question, in the folder's chat format."""
@@ -70,6 +88,15 @@ class Tokenizer:
         """The text of these tokens, special ones left out."""
         text: str = self._tokenizer.decode(tokens, skip_special_tokens=True)
         return text
+
+    @property
+    def end(self) -> str:
+        """The word that closes a text."""
+        found: str | None = self._tokenizer.eos_token
+        if found is None:
+            problem, remedy = "has no token that ends a text", "set eos_token in its tokenizer_config.json"
+            raise WeightsError("tokenizer of", str(self.folder), problem, remedy)
+        return found
 
     def token_of(self, word: str) -> int | None:
         """The one token that stands for a word, where there is one."""
