@@ -13,8 +13,11 @@ from megavlm.build.from_folder import run_from_folder
 from megavlm.build.model import build_model
 from megavlm.build.run_config import PrecisionConfig, RunConfig, check_degrees, check_for_world
 from megavlm.errors import ConfigError
-from megavlm.export.assemble import assemble_infimm, normalise_infimm
+from megavlm.export.aquila_vl_assemble import assemble_aquila_vl
+from megavlm.export.aquila_vl_folder import SPELLINGS, Layout
+from megavlm.export.assemble import assemble_infimm
 from megavlm.export.hf_export import export_model
+from megavlm.export.released import normalise
 from megavlm.infer.ask import GenerateConfig, answer_question, read_question
 from megavlm.infer.cases import check_cases, read_cases
 from megavlm.infer.record import recorded_cases
@@ -96,49 +99,67 @@ def verify_hf(arguments: list[str]) -> int:
 
 def export_hf(arguments: list[str]) -> int:
     """`megavlm export-hf`: load a folder under a layout and write it again from the weights that are held then."""
-    if _wants_help(
-        arguments, "export-hf --hf DIR --out DIR [--params-dtype bfloat16] [--tensor-model-parallel-size N]"
-    ):
+    usage = (
+        "export-hf --hf DIR --out DIR [--layout transformers|llava-next] [--params-dtype bfloat16]\n"
+        "                         [--tensor-model-parallel-size N ...]"
+    )
+    if _wants_help(arguments, usage):
         return 0
     with _joined() as world_size:
         with agreed():
-            own, options = take_options(arguments, ["--hf", "--out"])
+            own, options = take_options(arguments, ["--hf", "--out"], ["--layout"])
+            layout = _layout(own.get("--layout", "transformers"))
             run = _run_of_folder(own["--hf"], options, "export-hf")
             check_degrees(run, world_size)
             _refuse_existing("--out", own["--out"])
         groups = process_groups.start(run.parallel)
-        export_model(build_model(run, groups), run, groups, own["--out"], tokenizer_from=own["--hf"])
+        export_model(build_model(run, groups), run, groups, own["--out"], tokenizer_from=own["--hf"], layout=layout)
     return 0
 
 
 def import_hf(arguments: list[str]) -> int:
-    """`megavlm import-hf`: a released InfiMM folder, or its parts, as a folder that a run can start from."""
+    """`megavlm import-hf`: a released folder, or a model's parts, as a folder that a run can start from."""
     usage = (
         "import-hf --hf RELEASED --out DIR [--params-dtype bfloat16]\n"
+        "       megavlm import-hf --llm DIR --siglip DIR_OR_FILE --out DIR [--seed N] [--params-dtype bfloat16]\n"
         "       megavlm import-hf --llm DIR --vision FILE --tower NAME --model-type infimm-llama\n"
-        "                         --cross-attn-every-n-layers N --out DIR [--seed N] [--params-dtype bfloat16]"
+        "                         --cross-attn-every-n-layers N --out DIR [--seed N] [--params-dtype bfloat16]\n\n"
+        "The first takes InfiMM, LLaVA-OneVision, or Aquila-VL in LLaVA-NeXT's layout; the second makes an Aquila-VL\n"
+        "out of a Qwen2.5, LLaMA or Mistral folder and a SigLIP; the third an InfiMM."
     )
     if _wants_help(arguments, usage):
         return 0
-    if any(word.partition("=")[0] == "--hf" for word in arguments):
-        own, rest = take_options(arguments, ["--hf", "--out"], ["--params-dtype"])
-        with agreed():
-            normalise_infimm(own["--hf"], own["--out"], _dtype(own, rest))
-        return 0
+    setup_logging(rank=0, world_size=1)
+    given = {word.partition("=")[0] for word in arguments}
+    with agreed():
+        (_import_released if "--hf" in given else _import_siglip if "--siglip" in given else _import_eva)(arguments)
+    return 0
+
+
+def _import_released(arguments: list[str]) -> None:
+    own, rest = take_options(arguments, ["--hf", "--out"], ["--params-dtype"])
+    normalise(own["--hf"], own["--out"], _dtype(own, rest))
+
+
+def _import_siglip(arguments: list[str]) -> None:
+    own, rest = take_options(arguments, ["--llm", "--siglip", "--out"], ["--seed", "--params-dtype"])
+    dtype, seed = _dtype(own, rest), _whole_number("--seed", own.get("--seed", "1234"))
+    assemble_aquila_vl(own["--llm"], own["--siglip"], own["--out"], dtype=dtype, seed=seed)
+
+
+def _import_eva(arguments: list[str]) -> None:
     needed = ["--llm", "--vision", "--tower", "--model-type", "--cross-attn-every-n-layers", "--out"]
     own, rest = take_options(arguments, needed, ["--seed", "--params-dtype"])
-    with agreed():
-        assemble_infimm(
-            own["--llm"],
-            own["--vision"],
-            eva_tower(own["--tower"]),
-            own["--model-type"],
-            _whole_number("--cross-attn-every-n-layers", own["--cross-attn-every-n-layers"]),
-            own["--out"],
-            dtype=_dtype(own, rest),
-            seed=_whole_number("--seed", own.get("--seed", "1234")),
-        )
-    return 0
+    assemble_infimm(
+        own["--llm"],
+        own["--vision"],
+        eva_tower(own["--tower"]),
+        own["--model-type"],
+        _whole_number("--cross-attn-every-n-layers", own["--cross-attn-every-n-layers"]),
+        own["--out"],
+        dtype=_dtype(own, rest),
+        seed=_whole_number("--seed", own.get("--seed", "1234")),
+    )
 
 
 def generate(arguments: list[str]) -> int:
@@ -192,6 +213,13 @@ def _dtype(own: Mapping[str, str], rest: Sequence[str]) -> torch.dtype:
     if rest:
         raise ConfigError("import-hf", rest[0], "is no option of this command", "`megavlm import-hf --help` lists them")
     return PrecisionConfig.from_dict({"params_dtype": own.get("--params-dtype", "bfloat16")}).dtype
+
+
+def _layout(text: str) -> Layout:
+    found = next((layout for layout in SPELLINGS if layout == text), None)
+    if found is None:
+        raise ConfigError("--layout", text, "is not known", f"use one of {', '.join(SPELLINGS)}")
+    return found
 
 
 def _refuse_existing(option: str, folder: str | None) -> None:

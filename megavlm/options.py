@@ -16,6 +16,7 @@ from megavlm.config import (
     Config,
     Leaf,
     field_docs,
+    field_types,
     leaves,
     nearest,
     type_at,
@@ -71,14 +72,25 @@ def option_table(cls: type[Config]) -> dict[str, Leaf]:
     """Each option's name, `--no-` forms included, and the field that it sets.
 
     Fields of the root and of its sections have one. What lies deeper (the shapes of a model's parts) repeats names,
-    and is set by its path: `infimm.tower.norm_epsilon=1e-6`.
+    and is set by its path: `infimm.tower.norm_epsilon=1e-6`. So is what two sections share that may both be none (the
+    families of models): `aquila_vl.image_token_id=7`.
     """
     table: dict[str, Leaf] = {}
+    shared: set[str] = set()
     for leaf in (leaf for leaf in leaves(cls) if leaf.path.count(".") <= 1):
         for name in _spellings(leaf):
-            assert name not in table, f"{name} would set both {table[name].path} and {leaf.path}"
+            if name in table:
+                both = f"{name} would set both {table[name].path} and {leaf.path}"
+                assert _may_be_none(cls, leaf) and _may_be_none(cls, table[name]), both
+                shared.add(name)
             table[name] = leaf
-    return table
+    return {name: leaf for name, leaf in table.items() if name not in shared}
+
+
+def _may_be_none(cls: type[Config], leaf: Leaf) -> bool:
+    """Whether the leaf's section is an optional one."""
+    section, dot, _ = leaf.path.partition(".")
+    return bool(dot) and without_none(field_types(cls)[section])[1]
 
 
 def _spellings(leaf: Leaf) -> list[str]:
@@ -136,6 +148,7 @@ def _help(config: Config, prog: str) -> str:
         "Each option also has a dotted name, section.field=value. The last of several wins.",
     ]
     sections: dict[str, list[Leaf]] = {}
+    known = option_table(type(config))
     for leaf in leaves(type(config)):
         sections.setdefault(leaf.path.rpartition(".")[0], []).append(leaf)
     for path in sorted(sections, key=bool):  # first the root's own, which have no section
@@ -143,9 +156,11 @@ def _help(config: Config, prog: str) -> str:
         docs = field_docs(cls)
         lines += ["", f"{path or cls.__name__}: {(cls.__doc__ or '').splitlines()[0]}"]
         for leaf in sections[path]:
-            lines.append(
-                f"  {', '.join(_spellings(leaf))}{_metavar(leaf.hint)} (default: {_current(config, leaf.path)})"
-            )
+            names = [name for name in _spellings(leaf) if known.get(name) == leaf]
+            shown = f"{', '.join(names)}{_metavar(leaf.hint)}"
+            if not names:
+                shown = f"{leaf.path}={_metavar(leaf.hint).strip() or 'true|false'}"
+            lines.append(f"  {shown} (default: {_current(config, leaf.path)})")
             doc = docs.get(leaf.field.name, "")
             lines += textwrap.wrap(doc, _HELP_WIDTH, initial_indent=" " * 6, subsequent_indent=" " * 6)
     return "\n".join(lines)

@@ -1,4 +1,4 @@
-"""A released InfiMM folder, or a decoder and a tower, as a folder that a run can start from.
+"""A released folder, or a decoder and a tower, as a folder that a run can start from.
 
 The same as `megavlm import-hf`, which explains its options with --help.
 """

@@ -96,8 +96,11 @@ class FolderModel:
     """How the folder names its tensors, where the family knows several ways."""
 
 
-def model_of_folder(folder: HFFolder) -> FolderModel:
-    """The model that a folder's config, tokenizer and names describe."""
+def model_of_folder(folder: HFFolder, tokens_of_tags: tuple[int, int] | None = None) -> FolderModel:
+    """The model that a folder's config, tokenizer and names describe.
+
+    `tokens_of_tags`: those of `<image>` and `<video>`, where they are not to be asked of the folder's own tokenizer.
+    """
     config, where = folder.config, f"{folder.path}/config.json"
     kind = config.get("model_type")
     if kind is None:
@@ -107,7 +110,7 @@ def model_of_folder(folder: HFFolder) -> FolderModel:
         return FolderModel(decoder, infimm=infimm)
     if not is_aquila_vl(config):
         return FolderModel(DecoderConfig.from_hf(config, where))
-    decoder, aquila_vl = aquila_vl_from_hf(config, where, _tokens_of_tags(folder))
+    decoder, aquila_vl = aquila_vl_from_hf(config, where, tokens_of_tags or _tokens_of_tags(folder))
     spelling = find_spelling(folder.names(), str(folder.path))
     if _is_tied(folder, spelling):
         # Exports store a tied output layer as well, and some then say that it was not tied.

@@ -55,9 +55,16 @@ class HFWriter:
     """
 
     def __init__(
-        self, folder: str | Path, *, max_shard_bytes: int = 4 * 2**30, part: tuple[int, int] | None = None
+        self,
+        folder: str | Path,
+        *,
+        max_shard_bytes: int = 4 * 2**30,
+        part: tuple[int, int] | None = None,
+        copies: Mapping[str, str] | None = None,
     ) -> None:
+        """`copies`: tensors that repeat others and are stored all the same, name -> which is stored again."""
         self.folder = Path(folder)
+        self._copies = {original: copy for copy, original in (copies or {}).items()}
         self.max_shard_bytes = max_shard_bytes
         self._index, self._of = part or (0, 1)
         assert 0 <= self._index < self._of, part
@@ -80,6 +87,8 @@ class HFWriter:
             self._write_shard()
         self._pending[name] = tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
         self._pending_bytes += tensor.nbytes
+        if name in self._copies:
+            self.add(self._copies[name], tensor)
 
     def close(self) -> PartIndex:
         """Write what is left, and say what this writer wrote."""

@@ -1,8 +1,8 @@
-"""Sources of weights made of others: a folder with doubled names, and a model put together from parts."""
+"""Sources of weights made of others: doubled names, a vocabulary that grew, a model put together from parts."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -45,6 +45,38 @@ class AliasedWeights:
 
     def read_columns(self, name: str, start: int, stop: int) -> Tensor:
         return self._source.read_columns(self._actual[name], start, stop)
+
+
+class GrownWeights:
+    """A source whose tensors of these names have rows added at their end until they are so many.
+
+    Each new row is the mean of the old ones: as an output its logit is never the largest, so what a model says does not
+    change.
+    """
+
+    def __init__(self, source: WeightSource, names: Collection[str], rows: int) -> None:
+        self._source, self._names, self._rows = source, names, rows
+
+    def names(self) -> Sequence[str]:
+        return self._source.names()
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        shape = self._source.shape(name)
+        return (self._rows, *shape[1:]) if name in self._names else shape
+
+    def read(self, name: str) -> Tensor:
+        tensor = self._source.read(name)
+        missing = self.shape(name)[0] - tensor.size(0) if name in self._names else 0
+        if not missing:
+            return tensor
+        mean = tensor.mean(0, keepdim=True, dtype=torch.float32).to(tensor.dtype)
+        return torch.cat([tensor, mean.expand(missing, -1)])
+
+    def read_rows(self, name: str, start: int, stop: int) -> Tensor:
+        return self.read(name)[start:stop]
+
+    def read_columns(self, name: str, start: int, stop: int) -> Tensor:
+        return self.read(name)[:, start:stop]
 
 
 class ComposedWeights:

@@ -82,11 +82,16 @@ def normalise_infimm(released: str | Path, out: str | Path, dtype: torch.dtype) 
 
 
 def write_folder(
-    source: WeightSource, state_map: StateMap, out: str | Path, dtype: torch.dtype, extra: Mapping[str, bytes]
+    source: WeightSource,
+    state_map: StateMap,
+    out: str | Path,
+    dtype: torch.dtype,
+    extra: Mapping[str, bytes],
+    copies: Mapping[str, str] | None = None,
 ) -> None:
-    """Stream every tensor of the table into a new folder."""
+    """Stream every tensor of the table into a new folder, and the `copies` (name -> which is stored again)."""
     staging = open_staging(out)
-    with contextlib.closing(HFWriter(staging)) as writer:
+    with contextlib.closing(HFWriter(staging, copies=copies)) as writer:
         for name in state_map.folder_shapes():
             writer.add(name, source.read(name).to(dtype))
     finish(staging, out, [writer.close()], extra)

@@ -21,7 +21,10 @@ from megavlm.build.run_config import RunConfig
 from megavlm.checkpoint.atomic import open_staging, staging_path
 from megavlm.checkpoint.hf_import import named_parameters
 from megavlm.checkpoint.hf_writer import HFWriter, PartIndex, finish
+from megavlm.errors import ConfigError
+from megavlm.export.aquila_vl_folder import SPELLINGS, Layout, aquila_vl_family_files
 from megavlm.export.infimm_folder import infimm_family_files
+from megavlm.export.tagged_tokenizer import has_tokenizer, tagged_tokenizer
 from megavlm.model.state_map import Entry, StateMap
 from megavlm.parallel.agree import agreed
 from megavlm.parallel.groups import Groups
@@ -47,15 +50,22 @@ def export_model(
     folder: str | Path,
     *,
     tokenizer_from: str | Path | None = None,
+    layout: Layout = "transformers",
     overwrite: bool = False,
 ) -> None:
-    """Write the folder; every rank calls it, and it exists for all of them when it returns."""
+    """Write the folder; every rank calls it, and it exists for all of them when it returns.
+
+    `layout` says how Aquila-VL's folder is spelled; those of the other families have one spelling.
+    """
     for chunk in model.chunks:
         chunk.settle()
+    extra: dict[str, bytes] = {}
     with agreed():
+        _check_layout(run, layout)
         if groups.rank == 0:
+            extra = _extra_files(run, layout, tokenizer_from)
             open_staging(folder, overwrite)
-    part = _write_part(model, run, groups, staging_path(folder)) if groups.holds_first_copy else None
+    part = _write_part(model, run, groups, staging_path(folder), layout) if groups.holds_first_copy else None
     with agreed():
         if isinstance(part, OSError):
             raise part
@@ -63,20 +73,25 @@ def export_model(
     dist.all_gather_object(parts, part)
     with agreed():
         if groups.rank == 0:
-            extra = {**tokenizer_files(tokenizer_from), **_family_files(run)}
             finish(staging_path(folder), folder, [p for p in parts if p is not None], extra, overwrite)
 
 
-def _write_part(model: Model, run: RunConfig, groups: Groups, staging: Path) -> PartIndex | OSError | None:
+def _write_part(
+    model: Model, run: RunConfig, groups: Groups, staging: Path, layout: Layout
+) -> PartIndex | OSError | None:
     """This stage's shards, written by its first tensor-parallel rank; the others only send their slices.
 
     A disk that fails is reported when all slices have been sent, so that no rank is left waiting for another.
     """
-    writer = HFWriter(staging, part=(groups.pipeline_rank, groups.pipeline_size)) if groups.tensor_rank == 0 else None
+    state_map = state_map_of(run, SPELLINGS[layout])
+    # Aquila-VL's folders hold the output layer also where it is the embedding: readers that look for it find it.
+    copies = state_map.copies if run.aquila_vl is not None else None
+    part = (groups.pipeline_rank, groups.pipeline_size)
+    writer = HFWriter(staging, part=part, copies=copies) if groups.tensor_rank == 0 else None
     failure: OSError | None = None
     # Where all stages encode, each holds the tower; the first one writes it.
     parts = model.parts() if groups.pipeline_rank == 0 else model.chunks
-    for name, tensor in folder_tensors(parts, state_map_of(run), groups.collection.tp):
+    for name, tensor in folder_tensors(parts, state_map, groups.collection.tp):
         if writer and failure is None:
             try:
                 writer.add(name, tensor.to(run.precision.dtype))
@@ -135,12 +150,21 @@ def _take_apart(whole: Tensor, entry: Entry, state_map: StateMap, tensor_size: i
     yield from parts.items()
 
 
-def _family_files(run: RunConfig) -> dict[str, bytes]:
-    """config.json, and the code that a family brings along."""
+def _check_layout(run: RunConfig, layout: Layout) -> None:
+    if layout != "transformers" and run.aquila_vl is None:
+        raise ConfigError("layout", layout, "is one of Aquila-VL's folders alone", "use transformers")
+
+
+def _extra_files(run: RunConfig, layout: Layout, tokenizer_from: str | Path | None) -> dict[str, bytes]:
+    """All that the folder holds beside weights."""
     dtype = str(run.precision.dtype).removeprefix("torch.")
+    if run.aquila_vl is not None:
+        tokenizer = tagged_tokenizer(tokenizer_from) if tokenizer_from and has_tokenizer(tokenizer_from) else None
+        return aquila_vl_family_files(run.decoder, run.aquila_vl, dtype, layout, tokenizer, tokenizer_from)
     if run.infimm is not None:
-        return infimm_family_files(run.decoder, run.infimm, dtype)
-    return {"config.json": (json.dumps(run.decoder.to_hf(dtype), indent=2) + "\n").encode()}
+        return {**tokenizer_files(tokenizer_from), **infimm_family_files(run.decoder, run.infimm, dtype)}
+    config = (json.dumps(run.decoder.to_hf(dtype), indent=2) + "\n").encode()
+    return {**tokenizer_files(tokenizer_from), "config.json": config}
 
 
 def tokenizer_files(folder: str | Path | None) -> dict[str, bytes]:

@@ -201,3 +201,38 @@ class CollidingConfig(Config):
 def test_two_fields_with_one_option_are_our_own_error() -> None:
     with pytest.raises(AssertionError, match=r"parallel\.sequence_parallel and no_sequence_parallel"):
         parse_options(CollidingConfig(), [])
+
+
+@dataclass(frozen=True, kw_only=True)
+class OneFamily(Config):
+    """A model of one kind."""
+
+    image_token: int = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class OtherFamily(Config):
+    """A model of another kind."""
+
+    image_token: int = 2
+    video_token: int = 3
+
+
+@dataclass(frozen=True, kw_only=True)
+class FamiliesConfig(Config):
+    """A run whose model is of one family."""
+
+    one: OneFamily | None = None
+    other: OtherFamily | None = OtherFamily()
+
+
+def test_what_two_families_share_is_set_by_its_path(capsys: pytest.CaptureFixture[str]) -> None:
+    changed = parse_options(FamiliesConfig(), ["other.image_token=7", "--video-token", "8"])
+    assert changed.other == OtherFamily(image_token=7, video_token=8)
+    with pytest.raises(ConfigError, match="--image-token = '7': unknown option"):
+        parse_options(FamiliesConfig(), ["--image-token", "7"])
+    with pytest.raises(SystemExit):
+        parse_options(FamiliesConfig(), ["--help"])
+    shown = capsys.readouterr().out
+    assert "  other.image_token=INT (default: 2)" in shown and "  --video-token INT (default: 3)" in shown
+    assert "--image-token" not in shown

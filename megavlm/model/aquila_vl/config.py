@@ -76,13 +76,13 @@ def aquila_vl_from_hf(
 ) -> tuple[DecoderConfig, AquilaVLConfig]:
     """The decoder and the parts around it.
 
-    `tokens`: those of `<image>` and `<video>` in the folder's tokenizer, which must be what the config says, where it
-    does; LLaVA-NeXT's layout does not.
+    `tokens`: those of `<image>` and `<video>` in the folder's tokenizer, which must be what transformers' layout says.
+    In LLaVA-NeXT's the tokenizer decides: its own code never looks at the numbers, so a wrong one stays unnoticed.
     """
     read = _from_llava_next if is_llava_next(hf) else _from_transformers
     decoder, tower, grid = read(hf, where)
     image, video = (
-        _token(hf.get(key), found, tag, where)
+        _token(None if is_llava_next(hf) and found is not None else hf.get(key), found, tag, where)
         for key, found, tag in zip(
             ("image_token_index", "video_token_index"), tokens, ("<image>", "<video>"), strict=True
         )

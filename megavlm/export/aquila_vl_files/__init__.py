@@ -1,0 +1,1 @@
+"""Files that every exported Aquila-VL folder carries; nothing here is imported."""
