@@ -29,11 +29,11 @@ import numpy as np
 
 from megavlm.batch import IGNORED
 from megavlm.config import Config, require
-from megavlm.data.tokenizer import IMAGE_TAG, VIDEO_TAG, Tokenizer
+from megavlm.data.sample import IMAGE_TAG, VIDEO_TAG, Role, Turn
+from megavlm.data.tokenizer import Tokenizer
 from megavlm.errors import DataError, WeightsError
 from megavlm.tiles import Ints
 
-Role = Literal["system", "user", "assistant"]
 Mask = Literal["released", "clean"]
 
 TAGS = (IMAGE_TAG, VIDEO_TAG)
@@ -45,13 +45,6 @@ VICUNA_SYSTEM = (
     "A chat between a curious user and an artificial intelligence assistant. "
     "The assistant gives helpful, detailed, and polite answers to the user's questions."
 )
-
-
-class Turn(NamedTuple):
-    """What one side says."""
-
-    role: Role
-    text: str
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -175,10 +168,11 @@ def _ordered(turns: Sequence[Turn], where: str) -> list[Turn]:
     kept = list(turns[1:] if turns and turns[0].role == "assistant" else turns)
     if not any(turn.role != "system" for turn in kept):
         raise DataError(f"{where}: turns", len(turns), "hold no question", "drop the sample")
-    return [Turn(turn.role, _tag_first(turn.text)) for turn in kept]
+    return [Turn(turn.role, tag_first(turn.text)) for turn in kept]
 
 
-def _tag_first(text: str) -> str:
+def tag_first(text: str) -> str:
+    """A turn as training has it: its tag at the start, where it has one."""
     tags = _TAG.findall(text)
     if len(tags) != 1 or text.startswith(tags[0]):
         return text

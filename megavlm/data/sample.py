@@ -6,15 +6,14 @@ Readers of foreign formats make samples, the writer of shards stores them, and t
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 IMAGE_TAG, VIDEO_TAG = "<image>", "<video>"
 
 Role = Literal["system", "user", "assistant"]
 
 
-@dataclass(frozen=True)
-class Turn:
+class Turn(NamedTuple):
     """What one side of a conversation says; a tag stands where a picture or a video belongs."""
 
     role: Role

@@ -20,8 +20,8 @@ from torch import Tensor
 
 from megavlm.batch import IGNORED
 from megavlm.data.chat import Encoded
+from megavlm.data.sample import IMAGE_TAG, VIDEO_TAG
 from megavlm.data.tile_images import Pixels, tile_pixels
-from megavlm.data.tokenizer import IMAGE_TAG, VIDEO_TAG
 from megavlm.errors import DataError
 from megavlm.tiles import GridConfig, ImagePlan, Ints, MediaKind, plan_image
 

@@ -9,11 +9,10 @@ from typing import Any
 import numpy as np
 from transformers import AutoTokenizer
 
+from megavlm.data.sample import IMAGE_TAG
 from megavlm.errors import DataError, WeightsError
 from megavlm.tiles import Ints
 
-IMAGE_TAG = "<image>"
-VIDEO_TAG = "<video>"
 _FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 
 
@@ -61,14 +60,19 @@ class Tokenizer:
         tokens, spans = np.array(made["input_ids"], np.int64), np.array(made["offset_mapping"], np.int64)
         return tokens, spans.reshape(-1, 2)
 
-    def encode_question(self, question: str) -> list[int]:
-        """The tokens of a conversation that ends with this question, in the folder's chat format."""
+    def encode_question(self, question: str, in_parts: bool = True) -> list[int]:
+        """The tokens of a conversation that ends with this question, in the folder's chat format.
+
+        `in_parts`: tags are given to it as parts of their own, for it to write; else they stay where they are.
+        """
         if not self._tokenizer.chat_template:
             raise DataError(
                 "--chat", str(self.folder), "the folder has no chat format", "leave out --chat, or add a chat_template"
             )
         text: str = self._tokenizer.apply_chat_template(
-            [{"role": "user", "content": self._content(question)}], tokenize=False, add_generation_prompt=True
+            [{"role": "user", "content": self._content(question) if in_parts else question}],
+            tokenize=False,
+            add_generation_prompt=True,
         )
         # Formats that write the beginning themselves must not get a second one.
         bos = self._tokenizer.bos_token

@@ -29,6 +29,8 @@ class GenerateConfig(Config):
     """The text to go on with; `<image>` where an image belongs."""
     image: tuple[str, ...] = ()
     """Picture files, in the order of the tags."""
+    video: tuple[str, ...] = ()
+    """Folders of a video's frames, or animated pictures, for the tags `<video>`."""
     chat: bool = False
     """Ask the prompt as a question, in the folder's chat format."""
     json: bool = False
@@ -63,7 +65,7 @@ def read_question(config: GenerateConfig, world_size: int) -> Question:
     )
     check_degrees(run, world_size)
     tokenizer = Tokenizer(config.hf)
-    prompt = read_prompt(config.prompt, config.image, run, tokenizer, config.chat)
+    prompt = read_prompt(config.prompt, config.image, config.video, run, tokenizer, config.chat)
     check_generation(run, [prompt], config.sampling)
     return Question(config, run, tokenizer, prompt)
 

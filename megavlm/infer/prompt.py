@@ -4,13 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from megavlm.build.run_config import RunConfig
-from megavlm.data.images import clip_pixels, open_image
-from megavlm.data.tokenizer import IMAGE_TAG, Tokenizer
+from megavlm.batch import IGNORED
+from megavlm.build.run_config import AquilaVLConfig, RunConfig
+from megavlm.data.chat import Encoded, tag_first
+from megavlm.data.images import clip_pixels, decode_image, open_image
+from megavlm.data.sample import IMAGE_TAG, VIDEO_TAG
+from megavlm.data.splice import Medium, patch_rows_of, spliced_sample
+from megavlm.data.tokenizer import Tokenizer
+from megavlm.data.video import decode_video
 from megavlm.errors import DataError, WeightsError
 from megavlm.tiles import ImagePlan, patch_rows
 
@@ -29,31 +36,75 @@ class Prompt:
     """Of Aquila-VL: how each image is cut into tiles."""
 
 
-def read_prompt(text: str, image_files: Sequence[str], run: RunConfig, tokenizer: Tokenizer, chat: bool) -> Prompt:
-    """The prompt of a text and its images, one for each tag in it; with `chat` as a question in the chat format."""
+def read_prompt(
+    text: str, image_files: Sequence[str], video_files: Sequence[str], run: RunConfig, tokenizer: Tokenizer, chat: bool
+) -> Prompt:
+    """The prompt of a text and what belongs at its tags; with `chat` as a question in the chat format."""
+    if run.aquila_vl is not None:
+        return _spliced_prompt(text, image_files, video_files, run.aquila_vl, tokenizer, chat)
+    if video_files:
+        raise DataError("--video", list(video_files), f"{run.name} reads no videos", "leave them out")
     if run.infimm is None:
         if image_files:
             raise DataError("--image", list(image_files), f"{run.name} is a decoder alone", "leave the images out")
         return Prompt(_tokens(text, tokenizer, chat))
-    if tokenizer.token_of(IMAGE_TAG) != run.infimm.image_token_id:
-        raise WeightsError(
-            f"token of {IMAGE_TAG} in {tokenizer.folder}",
-            tokenizer.token_of(IMAGE_TAG),
-            f"config.json says {run.infimm.image_token_id}",
-            "take tokenizer and config.json from one folder",
-        )
+    _check_tag(tokenizer, IMAGE_TAG, run.infimm.image_token_id)
     tags = text.count(IMAGE_TAG)
-    if tags != len(image_files):
-        raise DataError(
-            f"{IMAGE_TAG} tags in the prompt",
-            tags,
-            f"{len(image_files)} images come with it",
-            f"write {IMAGE_TAG} once for each image, where it belongs",
-        )
+    _check_tags(tags, IMAGE_TAG, len(image_files))
     tower = run.infimm.tower
     pixels = [clip_pixels(open_image(file), tower.image_size) for file in image_files]
     patches = patch_rows(torch.stack(pixels), tower.patch_size) if pixels else None
     return Prompt(_tokens(text, tokenizer, chat), tags, patches)
+
+
+def _spliced_prompt(
+    text: str,
+    image_files: Sequence[str],
+    video_files: Sequence[str],
+    parts: AquilaVLConfig,
+    tokenizer: Tokenizer,
+    chat: bool,
+) -> Prompt:
+    """As training reads it: the tokens of each image and video in the place of its tag."""
+    for tag, token, files in (
+        (IMAGE_TAG, parts.image_token_id, image_files),
+        (VIDEO_TAG, parts.video_token_id, video_files),
+    ):
+        _check_tags(text.count(tag), tag, len(files))
+        if files:
+            _check_tag(tokenizer, tag, token)
+    pixels = [decode_image(Path(file), "image") for file in image_files]
+    pixels += [decode_video(Path(file), "video") for file in video_files]
+    media = [
+        Medium("video" if one.ndim == 4 else "image", one.shape[-2], one.shape[-3], len(one) if one.ndim == 4 else 1)
+        for one in pixels
+    ]
+    tokens = tokenizer.encode_question(tag_first(text), in_parts=False) if chat else tokenizer.encode(text)
+    encoded = Encoded(np.array(tokens, np.int64), np.full(len(tokens), IGNORED))
+    sample = spliced_sample(encoded, media, parts.grid, *parts.placeholders, where="--prompt")
+    tiles = sum(plan.tiles for plan in sample.plans)
+    return Prompt(torch.from_numpy(sample.tokens), tiles, patch_rows_of(sample, pixels), sample.plans)
+
+
+def _check_tag(tokenizer: Tokenizer, tag: str, token: int) -> None:
+    if tokenizer.token_of(tag) != token:
+        raise WeightsError(
+            f"token of {tag} in {tokenizer.folder}",
+            tokenizer.token_of(tag),
+            f"config.json says {token}",
+            "take tokenizer and config.json from one folder",
+        )
+
+
+def _check_tags(tags: int, tag: str, files: int) -> None:
+    if tags != files:
+        kind = "images" if tag == IMAGE_TAG else "videos"
+        raise DataError(
+            f"{tag} tags in the prompt",
+            tags,
+            f"{files} {kind} come with it",
+            f"write {tag} once for each of the {kind}, where it belongs",
+        )
 
 
 def _tokens(text: str, tokenizer: Tokenizer, chat: bool) -> torch.Tensor:

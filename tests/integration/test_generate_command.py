@@ -121,7 +121,10 @@ def test_mistakes_end_in_one_line(folder: Path, images: list[str], tmp_path: Pat
         ([*start, "<image>", "--image", "/none.png"], ["image = '/none.png'", "no such file", "check the path"]),
         ([*start, "<image>", "--image", str(broken)], ["broken.png", "cannot be read", "copy it again"]),
         ([*start, "<image>", "--image", str(folder / "config.json")], ["config.json", "no picture", "JPEG or PNG"]),
-        ([*start, "<image>", "--image", *images], ["tags in the prompt = 1", "2 images", "once for each image"]),
+        (
+            [*start, "<image>", "--image", *images],
+            ["tags in the prompt = 1", "2 images", "once for each of the images"],
+        ),
         ([*start, "<image> <image>", "--image", images[0]], ["tags in the prompt = 2", "1 images"]),
         ([*start, "a", "--max-new-tokens", "600"], ["max_new_tokens = 600", "512 positions", "at most 510"]),
         ([*start, "a", "--top-p", "1.5"], ["--top-p = 1.5", "no probability", "use 1.0"]),

@@ -39,7 +39,10 @@ from transformers import (
 from megavlm.build.from_folder import run_from_folder
 from megavlm.build.model import build_model
 from megavlm.build.run_config import ParallelConfig, PrecisionConfig
+from megavlm.data.chat import Encoded
+from megavlm.data.splice import Medium, spliced_sample
 from megavlm.data.tile_images import tile_pixels
+from megavlm.data.tokenizer import Tokenizer
 from megavlm.export.aquila_vl_assemble import assemble_aquila_vl, normalise_aquila_vl
 from megavlm.export.hf_export import export_model
 from megavlm.parallel import groups as process_groups
@@ -132,8 +135,9 @@ def test_an_imported_folder_computes_what_the_original_did(kind: str, originals:
         assert torch.equal(first(**inputs).logits, now(**inputs).logits)
 
 
-def test_pixels_and_token_counts_of_the_processor_are_ours(originals: Path) -> None:
+def test_pixels_and_tokens_of_the_processor_are_ours(originals: Path) -> None:
     processor, grid = processor_of(originals / "tied" / "ours"), GRIDS["2b"]
+    tokenizer = Tokenizer(originals / "tied" / "ours")
     draw = np.random.default_rng(2)
     used = grid.tokens_per_side * grid.patch_size
     farthest = 0.0
@@ -141,11 +145,13 @@ def test_pixels_and_token_counts_of_the_processor_are_ours(originals: Path) -> N
         picture = draw.integers(0, 256, (int(height), int(width), 3), dtype=np.uint8)
         kind: MediaKind = "one_of_several" if index % 5 == 4 else "image"
         pictures = [picture] if kind == "image" else [picture, picture[:1, :1]]
-        text = "<image>" * len(pictures)
+        text = "<image>\nWhat is this? " * len(pictures)
         made = processor(images=[pictures], text=text, input_data_format="channels_last", return_tensors="pt")
-        plan = plan_image(int(width), int(height), kind, grid)
-        counted = int((made["input_ids"] == IMAGE).sum())
-        assert counted == (plan.tokens if kind == "image" else 2 * plan.tokens), (width, height)
+        words = np.array(tokenizer.encode(text), np.int64)
+        media = [Medium("image", one.shape[1], one.shape[0]) for one in pictures]
+        sample = spliced_sample(Encoded(words, words), media, grid, IMAGE, VIDEO)
+        assert made["input_ids"][0].tolist() == sample.tokens.tolist(), (width, height)
+        plan = sample.plans[0]
         seen = made["pixel_values"][0, :, :, :used, :used]
         assert len(seen) == plan.tiles
         ours = tile_pixels(plan, picture)

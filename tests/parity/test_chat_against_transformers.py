@@ -13,7 +13,8 @@ from infimm_hf import tiny_tokenizer
 
 import megavlm.export.infimm_files as infimm_files
 from megavlm.batch import IGNORED
-from megavlm.data.chat import CHATML_SYSTEM, ChatConfig, Turn, encode_chat, encode_chatml
+from megavlm.data.chat import CHATML_SYSTEM, ChatConfig, encode_chat, encode_chatml
+from megavlm.data.sample import Turn
 from megavlm.data.tokenizer import Tokenizer
 
 TALKS = [

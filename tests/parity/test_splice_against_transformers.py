@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from megavlm.batch import IGNORED
-from megavlm.data.chat import Turn, encode_chatml
+from megavlm.data.chat import encode_chatml
+from megavlm.data.sample import Turn
 from megavlm.data.splice import Medium, SplicedSample, patch_rows_of, spliced_sample
 from megavlm.data.tile_images import Pixels
 from megavlm.data.tokenizer import Tokenizer

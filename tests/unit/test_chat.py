@@ -10,7 +10,8 @@ import qwen_hf
 import tiny_folders
 
 from megavlm.batch import IGNORED
-from megavlm.data.chat import ChatConfig, Encoded, Turn, encode_chat, encode_chatml
+from megavlm.data.chat import ChatConfig, Encoded, encode_chat, encode_chatml
+from megavlm.data.sample import Turn
 from megavlm.data.tokenizer import Tokenizer
 from megavlm.errors import ConfigError, DataError, WeightsError
 
