@@ -9,12 +9,11 @@ import torch
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
+from megavlm.data.headers import MOST_PIXELS
 from megavlm.errors import DataError
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
-MOST_PIXELS = 80_000_000
-"""Larger pictures are refused by their header, before any of it is decoded."""
 
 
 def open_image(path: str | Path) -> Image.Image:
