@@ -219,9 +219,8 @@ class Index:
 
     def _take(self, name: str, rows: Ints) -> NDArray[Any]:
         self._touched[name] = min(self._touched[name] + len(rows) * _TOUCHED_AT_ONCE, self.columns[name].nbytes)
-        if (
-            sum(self._touched.values()) > _MOST_RESIDENT
-        ):  # the pages stay in the cache of the system, and come back by themselves
+        if sum(self._touched.values()) > _MOST_RESIDENT:
+            # They stay in the cache of the system, and come back by themselves.
             self._touched = dict.fromkeys(COLUMNS, 0)
             for mapped in self._maps:
                 mapped.madvise(mmap.MADV_DONTNEED)

@@ -288,3 +288,12 @@ def test_an_index_of_any_size_takes_little_memory(tmp_path: Path, samples: int) 
         assert pictures.width.min() >= 100 and index.rows(numbers).words.size.min() >= 200
         assert (counts.tokens[numbers] == 2 * counts.targets[numbers]).all() and counts.targets[numbers].min() >= 25
     assert len(index) == samples and resident() - before < 200 * 2**20
+
+
+def test_pages_are_let_go(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("megavlm.data.index._MOST_RESIDENT", 2**22)
+    index = make_sparse_index(tmp_path, 40_000_000, [0])
+    rng, before = np.random.default_rng(3), resident()
+    for _ in range(20):
+        index.pictures(rng.integers(0, len(index), 512))
+    assert resident() - before < 64 * 2**20

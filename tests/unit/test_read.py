@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import mmap
 import shutil
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 
@@ -186,6 +187,7 @@ def test_an_index_of_other_shards(tiny: Path, tmp_path: Path) -> None:
         ("json_size", 2**32 - 1, "an impossible size"),
         ("picture_size", 2**32 - 1, "an impossible size"),
         ("json_size", 2**24, "the shard ends before byte"),
+        ("picture_size", 2**26, "the shard ends before byte"),
         ("json_block", 2**32 - 1, "the shard ends before byte"),
         ("json_crc", 0, "the checksum of its text differs"),
     ):
@@ -194,8 +196,11 @@ def test_an_index_of_other_shards(tiny: Path, tmp_path: Path) -> None:
         path = folder / "index" / f"{name}.bin"
         path.write_bytes(value.to_bytes(4, "little") + path.read_bytes()[4:])
         reader = ShardReader(folder, Index.open(folder))
+        tracemalloc.start()
         with pytest.raises(DataError, match=problem):
             reader.read(0)
+        assert tracemalloc.get_traced_memory()[1] < 2**20
+        tracemalloc.stop()
         assert reader.read(1) == TINY[1]
 
 
