@@ -33,7 +33,6 @@ import torch
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
-<<<<<<< HEAD
 from megavlm.config import Config, require
 from megavlm.data.tile_images import Pixels
 from megavlm.errors import DataError, MegavlmError
@@ -59,13 +58,6 @@ _TURNS = {
     8: Image.Transpose.ROTATE_90,
 }
 _SWAPS_SIDES = (5, 6, 7, 8)
-=======
-from megavlm.data.headers import MOST_PIXELS
-from megavlm.errors import DataError
-
-CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
-CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
->>>>>>> shards
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -42,6 +43,13 @@ class Tokenizer:
             ) from error
         self._tokenizer.add_tokens([word for word in added_tokens if self.token_of(word) is None], special_tokens=True)
         self.folder = folder
+
+    @property
+    def fingerprint(self) -> str:
+        """Tells tokenizers apart by what they make of texts, not by where they lie."""
+        backend = getattr(self._tokenizer, "backend_tokenizer", None)
+        said = backend.to_str() if backend is not None else repr(sorted(self._tokenizer.get_vocab().items()))
+        return hashlib.sha256(said.encode()).hexdigest()
 
     def encode(self, text: str) -> list[int]:
         """The tokens of a text, with those that the tokenizer sets around each (a beginning, as a rule)."""

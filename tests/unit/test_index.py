@@ -143,7 +143,7 @@ REFUSED: dict[str, tuple[list, str]] = {
     "empty words": ([("x.json", b"")], "no JSON"),
     "empty picture": ([("x.json", chat("<image>")), ("x.jpg", b"")], "is empty"),
     "wrong type": ([("x.json", chat("<image>")), ("x.jpg", b"%PDF-1.5")], "of no known format"),
-    "cut picture": ([("x.json", chat("<image>")), ("x.jpg", CAT[:30])], "header is damaged"),
+    "cut picture": ([("x.json", chat("<image>")), ("x.jpg", CAT[:30])], "cannot be read"),
     "zero bytes": ([("x.json", chat("<image>")), ("x.jpg", bytes(4000))], "of no known format"),
     "long words": ([("x.json", b"[" + bytes(17 * 2**20))], "too long"),
     "huge picture": ([("x.json", chat("<image>")), ("x.jpg", bytes(65 * 2**20))], "too large"),

@@ -1,0 +1,280 @@
+"""How each family reads a sample: words to tokens, pictures to tiles and the tokens they cost, samples to a row.
+
+What a sample costs and which pictures it has is known from the index alone (`Pictures`); the words decide nothing of
+it. So all ranks agree on the shape of a row, whatever any of them finds in the files.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from megavlm.batch import IGNORED, AttendedMedia, TextBatch, next_token_batch, preceding_images
+from megavlm.data.assemble_tables import spliced_batch
+from megavlm.data.chat import ChatConfig, Encoded, encode_chat
+from megavlm.data.documents import encode_document
+from megavlm.data.index import Pictures
+from megavlm.data.sample import Sample
+from megavlm.data.splice import Medium, SplicedSample, cut_sample, pack_samples, spliced_sample
+from megavlm.data.tokenizer import Tokenizer
+from megavlm.data.video import FrameSampling, sample_frames
+from megavlm.errors import DataError
+from megavlm.tiles import GridConfig, ImagePlan, Ints, MediaKind, plan_image, tile_counts, token_counts
+
+
+class Cost(NamedTuple):
+    """What pictures cost, per sample."""
+
+    tokens: Ints
+    """Beside the tokens of the words, each tag counted among these."""
+    tiles: Ints
+    """What the tower sees."""
+
+
+@dataclass(frozen=True)
+class PlannedPicture:
+    """A picture of a sample: the files it is read from, and what becomes of it."""
+
+    files: tuple[int, ...]
+    """Places among the sample's files."""
+    plan: ImagePlan | None
+    """How it is cut; None where the family takes its middle square."""
+
+    @property
+    def tiles(self) -> int:
+        return 1 if self.plan is None else self.plan.tiles
+
+
+@dataclass(frozen=True)
+class Document:
+    """A sample of a row."""
+
+    tokens: Ints
+    """[T], the tokens of pictures at full length."""
+    targets: Ints
+    """[T]: the token itself where it is trained, else IGNORED."""
+    pictures: tuple[PlannedPicture, ...]
+
+
+class SampleFormat(ABC):
+    """One family's way of reading samples; to be given to other processes, so it holds settings and a tokenizer."""
+
+    def __init__(self, tokenizer: Tokenizer, chat: ChatConfig) -> None:
+        self.tokenizer, self.chat = tokenizer, chat
+
+    @property
+    def hash(self) -> str:
+        """Tells tokenizers and templates apart: token counts are valid for one alone."""
+        settings = json.dumps(self.chat.to_dict(), sort_keys=True)
+        return hashlib.sha256(f"{settings}\n{self.tokenizer.fingerprint}".encode()).hexdigest()[:16]
+
+    def count(self, sample: Sample) -> tuple[int, int]:
+        """(tokens, those that are trained) of a sample's words, each tag as one token."""
+        encoded = self.encode(sample)
+        return len(encoded.tokens), int((encoded.targets[1:] != IGNORED).sum())
+
+    def encode(self, sample: Sample) -> Encoded:
+        """A sample's words, one token for each tag."""
+        where = f"sample {sample.id}"
+        if sample.turns:
+            return encode_chat(sample.turns, self.tokenizer, self.chat, where)
+        return encode_document(sample.text, self.tokenizer, where)
+
+    @abstractmethod
+    def costs(self, pictures: Pictures) -> Cost:
+        """What the pictures of many samples cost."""
+
+    @abstractmethod
+    def plan(self, pictures: Pictures, sample: int) -> tuple[PlannedPicture, ...]:
+        """The pictures of one of the samples, in the order of their tags."""
+
+    @abstractmethod
+    def document(self, sample: Sample, pictures: Pictures, number: int, most_tokens: int) -> Document:
+        """A sample at full length, its last text cut where it has more tokens; DataError where it cannot be."""
+
+    @abstractmethod
+    def blank(self, pictures: tuple[PlannedPicture, ...], tokens: int) -> Document:
+        """What stands in a row for a sample that cannot be read: its pictures' places, nothing trained."""
+
+    @abstractmethod
+    def batch(self, documents: Sequence[Document], length: int, patches: Tensor, held: tuple[int, ...]) -> TextBatch:
+        """A row; `patches` are those of the held pictures, counted through all documents."""
+
+
+class SplicedFormat(SampleFormat):
+    """Aquila-VL's: the tokens of tiles stand in the row."""
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        chat: ChatConfig,
+        grid: GridConfig,
+        placeholders: tuple[int, int],
+        sampling: FrameSampling | None = None,
+    ) -> None:
+        super().__init__(tokenizer, chat)
+        self.grid, self.placeholders, self.sampling = grid, placeholders, sampling or FrameSampling()
+
+    def costs(self, pictures: Pictures) -> Cost:
+        samples = len(pictures.offsets) - 1
+        tokens, tiles = np.zeros(samples, np.int64), np.zeros(samples, np.int64)
+        for kind, rows, frames in self._by_kind(pictures):
+            if len(rows) == 0:
+                continue
+            sizes = pictures.width[rows], pictures.height[rows], kind, self.grid, frames
+            owner = _owners(pictures)[rows]
+            # A tag is counted with the words.
+            np.add.at(tokens, owner, token_counts(*sizes) - 1)
+            np.add.at(tiles, owner, tile_counts(*sizes))
+        return Cost(tokens, tiles)
+
+    def _by_kind(self, pictures: Pictures) -> list[tuple[MediaKind, Ints, Ints]]:
+        """(kind, first file of each picture, frames taken of it)."""
+        first = np.flatnonzero(pictures.is_first)
+        files = np.diff(np.append(first, len(pictures.is_first)))
+        is_video, owner = pictures.is_video[first], _owners(pictures)[first]
+        images = np.bincount(owner[~is_video], minlength=len(pictures.offsets) - 1)
+        alone = ~is_video & (images[owner] == 1)
+        one_of_several = ~is_video & ~alone
+        one = np.ones_like(first)
+        return [
+            ("image", first[alone], one[alone]),
+            ("one_of_several", first[one_of_several], one[one_of_several]),
+            ("video", first[is_video], np.minimum(files, self.sampling.frames_upbound)[is_video]),
+        ]
+
+    def plan(self, pictures: Pictures, sample: int) -> tuple[PlannedPicture, ...]:
+        groups = _files_of_pictures(pictures, sample)
+        media = [self._medium(pictures, files) for files in groups]
+        start = int(pictures.offsets[sample])
+        images = sum(medium.kind == "image" for medium in media)
+        found = []
+        for files, medium in zip(groups, media, strict=True):
+            kind: MediaKind = "video" if medium.kind == "video" else "image" if images == 1 else "one_of_several"
+            plan = plan_image(medium.width, medium.height, kind, self.grid, medium.frames)
+            taken = (
+                sample_frames(len(files), self.sampling.frames_per_second, self.sampling)
+                if plan.kind == "video"
+                else [0]
+            )
+            found.append(PlannedPicture(tuple(files[place] - start for place in taken), plan))
+        return tuple(found)
+
+    def _medium(self, pictures: Pictures, files: Sequence[int]) -> Medium:
+        width, height = int(pictures.width[files[0]]), int(pictures.height[files[0]])
+        if pictures.is_video[files[0]]:
+            return Medium("video", width, height, min(len(files), self.sampling.frames_upbound))
+        return Medium("image", width, height)
+
+    def document(self, sample: Sample, pictures: Pictures, number: int, most_tokens: int) -> Document:
+        media = [self._medium(pictures, files) for files in _files_of_pictures(pictures, number)]
+        spliced = spliced_sample(self.encode(sample), media, self.grid, *self.placeholders, f"sample {sample.id}")
+        _check_order(spliced, sample)
+        cut = cut_sample(spliced, most_tokens)
+        return Document(cut.tokens, cut.targets, self.plan(pictures, number))
+
+    def blank(self, pictures: tuple[PlannedPicture, ...], tokens: int) -> Document:
+        image, video = self.placeholders
+        plans = [picture.plan for picture in pictures if picture.plan]
+        runs = [np.full(plan.tokens, video if plan.kind == "video" else image) for plan in plans]
+        return _blank(np.concatenate([*runs, np.zeros(0, np.int64)]), tokens, pictures)
+
+    def batch(self, documents: Sequence[Document], length: int, patches: Tensor, held: tuple[int, ...]) -> TextBatch:
+        row = pack_samples([self._as_spliced(document) for document in documents], length)
+        return spliced_batch(row.tokens, row.targets, row.is_image, row.plans, patches, row.cu_seqlens, held)
+
+    def _as_spliced(self, document: Document) -> SplicedSample:
+        plans = tuple(picture.plan for picture in document.pictures if picture.plan)
+        is_image = np.isin(document.tokens, self.placeholders)
+        return SplicedSample(
+            "", self.grid, document.tokens, document.targets, is_image, plans, tuple(range(len(plans)))
+        )
+
+
+class AttendedFormat(SampleFormat):
+    """InfiMM's: a picture costs the text its tag alone; and that of a decoder without eyes, which has no pictures."""
+
+    def __init__(self, tokenizer: Tokenizer, chat: ChatConfig, image_token_id: int, patch_values: int) -> None:
+        super().__init__(tokenizer, chat)
+        self.image_token_id, self.patch_values = image_token_id, patch_values
+
+    def costs(self, pictures: Pictures) -> Cost:
+        counts = np.diff(pictures.offsets)
+        return Cost(np.zeros_like(counts), counts)
+
+    def plan(self, pictures: Pictures, sample: int) -> tuple[PlannedPicture, ...]:
+        start = int(pictures.offsets[sample])
+        return tuple(PlannedPicture((files[0] - start,), None) for files in _files_of_pictures(pictures, sample))
+
+    def document(self, sample: Sample, pictures: Pictures, number: int, most_tokens: int) -> Document:
+        encoded, planned = self.encode(sample), self.plan(pictures, number)
+        where = f"sample {sample.id}"
+        _check_count(int((encoded.tokens == self.image_token_id).sum()), len(planned), where)
+        tokens, targets = encoded.tokens[:most_tokens], encoded.targets[:most_tokens]
+        _check_count(int((tokens == self.image_token_id).sum()), len(planned), f"{where}, cut to {most_tokens} tokens")
+        return Document(tokens, targets, planned)
+
+    def blank(self, pictures: tuple[PlannedPicture, ...], tokens: int) -> Document:
+        return _blank(np.full(len(pictures), self.image_token_id), tokens, pictures)
+
+    def batch(self, documents: Sequence[Document], length: int, patches: Tensor, held: tuple[int, ...]) -> TextBatch:
+        counts = [len(document.pictures) for document in documents]
+        row = pack_samples([_without_media(document) for document in documents], length)
+        batch = next_token_batch(row.tokens, row.targets, row.cu_seqlens)
+        samples = [*counts, *([0] if len(row.cu_seqlens) - 1 > len(counts) else [])]
+        image_of_token, has_image = preceding_images(row.tokens, self.image_token_id, samples, row.cu_seqlens)
+        media = AttendedMedia(patches, (1,) * sum(counts), held, image_of_token=image_of_token, has_image=has_image)
+        return TextBatch(batch.tokens, batch.labels, batch.loss_weights, batch.cu_seqlens, media)
+
+
+def _without_media(document: Document) -> SplicedSample:
+    nothing = np.zeros(len(document.tokens), np.bool_)
+    return SplicedSample("", GridConfig(), document.tokens, document.targets, nothing, (), ())
+
+
+def _owners(pictures: Pictures) -> Ints:
+    """The sample of each file."""
+    return np.repeat(np.arange(len(pictures.offsets) - 1), np.diff(pictures.offsets))
+
+
+def _files_of_pictures(pictures: Pictures, sample: int) -> list[list[int]]:
+    """The rows of each picture of a sample: one for an image, one a frame for a video."""
+    start, end = int(pictures.offsets[sample]), int(pictures.offsets[sample + 1])
+    groups: list[list[int]] = []
+    for row in range(start, end):
+        if pictures.is_first[row]:
+            groups.append([])
+        groups[-1].append(row)
+    return groups
+
+
+def _blank(places: NDArray[np.int64], tokens: int, pictures: tuple[PlannedPicture, ...]) -> Document:
+    assert len(places) <= tokens, f"{tokens} tokens for the {len(places)} of the pictures"
+    padded = np.concatenate([places, np.zeros(tokens - len(places), np.int64)]).astype(np.int64)
+    return Document(padded, np.full(tokens, IGNORED), pictures)
+
+
+def _check_count(tags: int, pictures: int, where: str) -> None:
+    if tags != pictures:
+        raise DataError(f"{where}: tags", tags, f"{pictures} pictures come with it", "mend or drop the sample")
+
+
+def _check_order(spliced: SplicedSample, sample: Sample) -> None:
+    """A sample's pictures stand in the order of their tags; plans made of the index alone rely on it."""
+    if spliced.order != tuple(range(len(spliced.order))):
+        problem = "images and videos in another order than their files"
+        raise DataError(f"sample {sample.id}: tags", spliced.order, problem, "prepare the data again")
+
+
+def empty_patches(values: int) -> Tensor:
+    """The patch rows of no picture."""
+    return torch.empty(0, values)
