@@ -52,7 +52,7 @@ class IndexReport:
     bytes: int
     """Of all shards."""
     refused: dict[str, int]
-    """Reason -> how many; their ids are in `index/refused.jsonl`."""
+    """Kind of reason -> how many; ids and whole reasons are in `index/refused.jsonl`."""
     damaged: dict[str, str]
     """Shard -> what is wrong with the archive."""
 

@@ -20,6 +20,7 @@ import numpy as np
 from megavlm.data.files import atomic_file, sync_folder
 from megavlm.data.index import DATASET_FILE, FORMAT, INDEX_FOLDER, REFUSED_FILE, VERSION, IndexReport
 from megavlm.data.pieces import OnProgress, Piece, make_pieces, pieces_of, read_facts
+from megavlm.data.sample import Refusal
 from megavlm.data.scan import COLUMNS, ShardRows, scan_shard
 from megavlm.data.store import open_store
 from megavlm.errors import ConfigError, DataError
@@ -125,7 +126,7 @@ def _merge(pieces: Sequence[Path], names: Sequence[str], new: Path) -> dict[str,
                 sums[name].update(data)
                 files[name].write(data)
             for id_, reason in piece.facts["refused"]:
-                refused[reason] += 1
+                refused[Refusal(id_, reason).kind] += 1
                 lines.write(json.dumps({"id": id_, "reason": reason}).encode() + b"\n")
     damaged = {name: shard["damage"] for name, shard in zip(names, shards, strict=True) if shard["damage"]}
     kept = ("bytes", "sha256", "samples", "pictures")

@@ -57,3 +57,9 @@ class Refusal:
 
     id: str
     reason: str
+    """`kind`, or `kind: detail`."""
+
+    @property
+    def kind(self) -> str:
+        """What refusals are counted by."""
+        return self.reason.partition(":")[0]
