@@ -17,7 +17,6 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "train": ("train a recipe, alone or under torchrun", "megavlm.commands:train"),
     "import-hf": ("a released folder, or a model's parts, as a folder to start from", "megavlm.commands:import_hf"),
     "data": ("prepare, index and look up data sets", "megavlm.data_commands:data"),
-    "import-hf": ("a released InfiMM folder, or its parts, as a folder to start from", "megavlm.commands:import_hf"),
     "export-hf": ("load a Hugging Face folder under a layout and write it again", "megavlm.commands:export_hf"),
     "verify-hf": ("prove a folder against recorded cases", "megavlm.commands:verify_hf"),
     "generate": ("go on with a text and its images, alone or under torchrun", "megavlm.commands:generate"),

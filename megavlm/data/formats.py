@@ -11,10 +11,10 @@ import json
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -65,17 +65,22 @@ class Document:
     pictures: tuple[PlannedPicture, ...]
 
 
-class SampleFormat(ABC):
-    """One family's way of reading samples; to be given to other processes, so it holds settings and a tokenizer."""
+class Words:
+    """How a sample's words become tokens: what an index of token counts is made for."""
 
     def __init__(self, tokenizer: Tokenizer, chat: ChatConfig) -> None:
         self.tokenizer, self.chat = tokenizer, chat
 
-    @property
+    @cached_property
     def hash(self) -> str:
         """Tells tokenizers and templates apart: token counts are valid for one alone."""
         settings = json.dumps(self.chat.to_dict(), sort_keys=True)
         return hashlib.sha256(f"{settings}\n{self.tokenizer.fingerprint}".encode()).hexdigest()[:16]
+
+    @property
+    def name(self) -> str:
+        """What the token counts are called in an index."""
+        return f"{self.chat.template}-{self.hash}"
 
     def count(self, sample: Sample) -> tuple[int, int]:
         """(tokens, those that are trained) of a sample's words, each tag as one token."""
@@ -88,6 +93,10 @@ class SampleFormat(ABC):
         if sample.turns:
             return encode_chat(sample.turns, self.tokenizer, self.chat, where)
         return encode_document(sample.text, self.tokenizer, where)
+
+
+class SampleFormat(Words, ABC):
+    """One family's way of reading samples."""
 
     @abstractmethod
     def costs(self, pictures: Pictures) -> Cost:
@@ -273,8 +282,3 @@ def _check_order(spliced: SplicedSample, sample: Sample) -> None:
     if spliced.order != tuple(range(len(spliced.order))):
         problem = "images and videos in another order than their files"
         raise DataError(f"sample {sample.id}: tags", spliced.order, problem, "prepare the data again")
-
-
-def empty_patches(values: int) -> Tensor:
-    """The patch rows of no picture."""
-    return torch.empty(0, values)

@@ -20,6 +20,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import cached_property
+from typing import Literal
 
 import numpy as np
 
@@ -29,6 +30,8 @@ from megavlm.data.permutation import KeyedPermutation
 from megavlm.errors import ConfigError, DataError
 from megavlm.tiles import Ints
 
+OverLong = Literal["refuse", "cut", "drop"]
+"""What becomes of a sample above the limit: an error; its last text left out; the whole left out."""
 AMOUNTS = ("weight", "samples", "epochs")
 
 
@@ -77,12 +80,18 @@ class StreamConfig(Config):
     """Its samples in each global batch."""
     loss_weight: float = 1.0
     """What the mean loss over its target tokens counts in the loss."""
+    tokens_per_sample: int | None = None
+    """The longest that a sample may be; none: as long as a row."""
+    over_long: OverLong = "refuse"
+    """What becomes of longer ones: an error, their last text left out, the whole sample left out."""
     sources: tuple[SourceConfig, ...]
     """What it is blended from."""
 
     def check(self) -> None:
         require(self.samples_per_step >= 1, self, "samples_per_step", "is below 1", "use 1 or more")
         require(self.loss_weight >= 0, self, "loss_weight", "is negative", "use 0 or more")
+        limit = self.tokens_per_sample
+        require(limit is None or limit >= 2, self, "tokens_per_sample", "leaves nothing to predict", "use at least 2")
         names = [source.name for source in self.sources]
         require(len(names) > 0, self, "sources", "is empty", "name at least one data set")
         require(len(set(names)) == len(names), self, "sources", "names a data set twice", "name each once")

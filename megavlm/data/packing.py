@@ -13,18 +13,16 @@ from __future__ import annotations
 
 import heapq
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from megavlm.config import Config, require
 from megavlm.data.balance import Leveller, deal, shares, totals
+from megavlm.data.order import OverLong
 from megavlm.errors import DataError, LayoutError
 from megavlm.tiles import Ints
-
-OverLong = Literal["refuse", "cut", "drop"]
-"""What becomes of a sample above the limit: an error; its last text left out; the whole left out."""
 
 LONGER = 1.2
 """A row may be made longer than the mean by this, so that bundles cost the same."""
