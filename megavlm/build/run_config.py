@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from megavlm.config import Config, require
+from megavlm.data.step_plan import DataConfig
 from megavlm.errors import LayoutError
 from megavlm.model.aquila_vl.config import AquilaVLConfig
 from megavlm.model.backend import Implementation
@@ -18,6 +19,7 @@ from megavlm.parallel.wrap import DataParallelConfig, OptimizerConfig
 
 __all__ = [
     "AquilaVLConfig",
+    "DataConfig",
     "DataParallelConfig",
     "DecoderConfig",
     "InfiMMConfig",
@@ -101,6 +103,8 @@ class RunConfig(Config):
     """AdamW and the learning rate over the steps."""
     train: TrainConfig = field(default_factory=TrainConfig)
     """Length and batch."""
+    data: DataConfig | None = None
+    """What is read; none: toy text, of `train.seq_length` tokens a row."""
     weights: WeightsConfig = field(default_factory=WeightsConfig)
     """Folders of weights."""
     transformer_impl: Implementation = "auto"
@@ -180,6 +184,43 @@ def check_degrees(run: RunConfig, world_size: int) -> None:
 def check_for_world(run: RunConfig, world_size: int) -> None:
     """Refuse a run that cannot be laid out over `world_size` processes, its batch included."""
     check_degrees(run, world_size)
+    data_ranks = world_size // run.parallel.model_parallel_size
+    if run.data is None:
+        _check_toy_rows(run, data_ranks)
+    else:
+        _check_packed_rows(run, run.data, data_ranks)
+
+
+def _check_packed_rows(run: RunConfig, data: DataConfig, data_ranks: int) -> None:
+    tensor, stages = run.parallel.tensor_model_parallel_size, run.parallel.pipeline_model_parallel_size
+    if run.parallel.sequence_parallel and data.rows.length_multiple % tensor:
+        raise LayoutError(
+            "data.rows.length_multiple",
+            data.rows.length_multiple,
+            f"sequence parallelism over {tensor} ranks does not divide it",
+            f"use a multiple of {tensor}, or drop --sequence-parallel",
+        )
+    longest = run.decoder.longest_text
+    if data.rows.max_tokens > longest:
+        raise LayoutError(
+            "data.rows.max_tokens",
+            data.rows.max_tokens,
+            f"is longer than the decoder's {longest} positions",
+            f"use at most {longest}",
+        )
+    multiple = data.rows.rows_multiple
+    at_once = data_ranks * (stages if run.parallel.virtual_pipeline_model_parallel_size > 1 else 1)
+    if multiple % at_once:
+        of_stages = "" if at_once == data_ranks else f" times the {stages} stages of the interleaved schedule"
+        raise LayoutError(
+            "data.rows.rows_multiple",
+            multiple,
+            f"{data_ranks} data-parallel ranks{of_stages} do not divide it",
+            f"use a multiple of {at_once}, such as {-(-multiple // at_once) * at_once}",
+        )
+
+
+def _check_toy_rows(run: RunConfig, data_ranks: int) -> None:
     tensor = run.parallel.tensor_model_parallel_size
     if run.parallel.sequence_parallel and run.train.seq_length % tensor:
         raise LayoutError(
@@ -188,7 +229,7 @@ def check_for_world(run: RunConfig, world_size: int) -> None:
             f"sequence parallelism over {tensor} ranks does not divide it",
             f"use {run.train.seq_length // tensor * tensor or tensor}, or drop --sequence-parallel",
         )
-    at_once = run.train.micro_batch_size * (world_size // run.parallel.model_parallel_size)
+    at_once = run.train.micro_batch_size * data_ranks
     batch = run.train.global_batch_size
     if batch % at_once:
         raise LayoutError(

@@ -108,7 +108,8 @@ class Loader:
     def step(self, step: int) -> StepBatches:
         """The batches of one step."""
         plan = self.planner.plan(step)
-        rows = self.planner.rows_of_rank(plan, self.data_rank, self.data_size)
+        dealt = self.planner.rows_dealt(plan, self.data_rank, self.data_size)
+        rows = [self.planner.samples_of(plan, int(row)) for row in dealt]
         words = [[self._threads.submit(self._document, plan, int(sample)) for sample in row] for row in rows]
         documents = [[future.result() for future in row] for row in words]
         own = self.own_pictures([[p.tiles for document, _ in row for p in document.pictures] for row in documents])
@@ -119,19 +120,13 @@ class Loader:
             if problem
         ]
         patches, of_pictures = self._pictures(plan, rows, documents, own)
-        lengths = self._lengths(plan)
+        lengths = plan.packing.row_lengths[dealt].tolist()
         batches = [
             self.words.batch([document for document, _ in found], length, patches[row], own[row])
             for row, (found, length) in enumerate(zip(documents, lengths, strict=True))
         ]
         names = [[self._name(plan, int(sample)) for sample in row] for row in rows]
         return StepBatches(step, batches, names, damaged + of_pictures, plan)
-
-    def _lengths(self, plan: StepPlan) -> list[int]:
-        from megavlm.data.packing import deal_rows
-
-        rows = deal_rows(plan.packing, self.data_size)[self.data_rank]
-        return [int(length) for length in plan.packing.row_lengths[rows]]
 
     def _document(self, plan: StepPlan, sample: int) -> tuple[Document, str]:
         """A sample of the plan, and what is wrong with it."""

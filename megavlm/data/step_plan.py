@@ -133,11 +133,14 @@ class Planner:
         packing = pack_step(kept, tiles, self.config.rows, _costs(kept, tiles))
         return StepPlan(samples, kept, tiles, is_cut, is_dropped, tables, packing)
 
-    def rows_of_rank(self, plan: StepPlan, rank: int, ranks: int) -> list[Ints]:
-        """The samples of each row that a data-parallel rank reads, those that are dropped left out."""
-        rows = deal_rows(plan.packing, ranks)[rank]
-        found = [plan.packing.samples(int(row)) for row in rows]
-        return [samples[~plan.is_dropped[samples]] for samples in found]
+    def rows_dealt(self, plan: StepPlan, rank: int, ranks: int) -> Ints:
+        """The rows that a data-parallel rank reads."""
+        return deal_rows(plan.packing, ranks)[rank]
+
+    def samples_of(self, plan: StepPlan, row: int) -> Ints:
+        """The samples of a row in their order, those that are dropped left out."""
+        samples = plan.packing.samples(row)
+        return samples[~plan.is_dropped[samples]]
 
 
 def _costs(tokens: Ints, tiles: Ints) -> NDArray[np.float64]:

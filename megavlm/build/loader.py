@@ -1,0 +1,58 @@
+"""From a run's data settings to its loader."""
+
+from __future__ import annotations
+
+import torch
+
+from megavlm.build.model import Model
+from megavlm.build.run_config import RunConfig
+from megavlm.data.formats import AttendedFormat, SampleFormat, SplicedFormat
+from megavlm.data.loader import Loader
+from megavlm.data.pil_decoder import ClipSquare, PilDecoder
+from megavlm.data.step_plan import open_sources
+from megavlm.data.tokenizer import Tokenizer
+from megavlm.errors import ConfigError
+from megavlm.parallel.groups import Groups
+from megavlm.parallel.media_inputs import MediaInputs
+
+
+def build_words(run: RunConfig) -> SampleFormat:
+    """How the run's family reads samples."""
+    assert run.data is not None
+    folder = run.data.tokenizer or run.weights.load_hf
+    if folder is None:
+        raise ConfigError("data.tokenizer", None, "is missing", "name a folder with a tokenizer, or use --load-hf")
+    tokenizer = Tokenizer(folder)
+    if run.aquila_vl is not None:
+        return SplicedFormat(tokenizer, run.data.chat, run.aquila_vl.grid, run.aquila_vl.placeholders)
+    if run.infimm is not None:
+        values = 3 * run.infimm.tower.patch_size**2
+        return AttendedFormat(tokenizer, run.data.chat, run.infimm.image_token_id, values)
+    return AttendedFormat(tokenizer, run.data.chat, -1, 0)
+
+
+def build_loader(run: RunConfig, model: Model, groups: Groups) -> Loader:
+    """The loader of this rank."""
+    assert run.data is not None
+    words = build_words(run)
+    square = None
+    if run.infimm is not None:
+        square = ClipSquare(run.infimm.tower.image_size, run.infimm.tower.patch_size)
+    values = 3 * (run.aquila_vl.tower.patch_size if run.aquila_vl else square.patch_size if square else 0) ** 2
+    own = model.inputs.own_pictures if isinstance(model.inputs, MediaInputs) else no_pictures
+    return Loader(
+        run.data,
+        words,
+        open_sources(run.data, words),
+        PilDecoder(run.data.threads, square),
+        own,
+        seed=run.train.seed,
+        data_rank=groups.data_rank,
+        data_size=groups.data_size,
+        empty=torch.empty(0, values),
+    )
+
+
+def no_pictures(tiles: object) -> list[tuple[int, ...]]:
+    """Of a decoder alone, whose data have none."""
+    return [() for _ in tiles]  # type: ignore[attr-defined]

@@ -1,0 +1,158 @@
+"""What a run has consumed: for each step and data-parallel rank a count and a digest, and by name what was damaged.
+
+A digest is the sum, modulo 2^64, of a hash of each sample's (source, index, epoch). So the digests of the ranks of a
+step add up to one that does not depend on how many ranks there were, and that the order alone can tell beforehand.
+
+A folder `ledger` has one file of JSON lines for each data-parallel rank, and `data.json`: the settings and the seed
+that the order follows from.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from megavlm.data.files import atomic_file
+from megavlm.data.loader import Damage, StepBatches
+from megavlm.data.order import StepOrder, StepSamples
+from megavlm.data.permutation import mixed
+from megavlm.errors import DataError
+from megavlm.tiles import Ints
+
+SETTINGS_FILE, ASIDE = "data.json", "set-aside"
+
+
+def digest(samples: StepSamples, chosen: Ints, names: Sequence[str]) -> int:
+    """Of the chosen samples of a step; `names` are those of the sources."""
+    of_source = np.array([_word(name) for name in names], np.uint64)
+    with np.errstate(over="ignore"):
+        words = of_source[samples.source[chosen]]
+        words = mixed(words + mixed(samples.index[chosen].astype(np.uint64) + np.uint64(1)))
+        words = mixed(words + samples.epoch[chosen].astype(np.uint64))
+        return int(words.sum(dtype=np.uint64))
+
+
+def _word(name: str) -> int:
+    return int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest(), "little")
+
+
+class LedgerWriter:
+    """One data-parallel rank's file; a line a step, written before the step is trained on."""
+
+    def __init__(self, folder: str | Path, rank: int, settings: dict[str, Any], first_step: int) -> None:
+        """Lines of steps from `first_step` on, of a run that went further before it was stopped, are set aside."""
+        self.folder, self.rank = Path(folder), rank
+        self.folder.mkdir(parents=True, exist_ok=True)
+        if rank == 0:
+            self._check_settings(settings)
+        set_aside(self.folder, rank, first_step)
+        self._file = (self.folder / _name(rank)).open("a", encoding="utf-8")
+
+    def _check_settings(self, settings: dict[str, Any]) -> None:
+        path = self.folder / SETTINGS_FILE
+        if path.exists() and json.loads(path.read_text(encoding="utf-8")) != settings:
+            problem = "is of a run with other data settings, so its order was another one"
+            raise DataError("ledger", str(self.folder), problem, "go on with its settings, or save to another folder")
+        with atomic_file(path) as file:
+            file.write(json.dumps(settings, indent=1).encode() + b"\n")
+
+    def write(self, found: StepBatches, consumed: Ints, damaged: Iterable[Damage], names: Sequence[str]) -> None:
+        """A step of this rank: `consumed` are the places in the step of its samples, dropped ones included."""
+        plan = found.plan
+        line: dict[str, Any] = {
+            "step": found.step,
+            "samples": len(consumed),
+            "digest": f"{digest(plan.samples, consumed, names):016x}",
+        }
+        wrong = [{"source": one.sample.source, "index": one.sample.index, "problem": one.problem} for one in damaged]
+        for flags, problem in ((plan.is_cut, "cut"), (plan.is_dropped, "left out")):
+            for place in consumed[flags[consumed]].tolist():
+                name = names[int(plan.samples.source[place])]
+                wrong.append({"source": name, "index": int(plan.samples.index[place]), "problem": problem})
+        if wrong:
+            line["notes"] = wrong
+        self._file.write(json.dumps(line) + "\n")
+        self._file.flush()
+
+
+def set_aside(folder: Path, rank: int, first_step: int) -> None:
+    """Move a rank's lines from a step on, or a broken last one, into a file of their own."""
+    path = folder / _name(rank)
+    if not path.exists():
+        return
+    kept: list[str] = []
+    moved: list[str] = []
+    for text in path.read_text(encoding="utf-8").splitlines(keepends=True):
+        line = _parsed(text)
+        (kept if line is not None and line["step"] < first_step else moved).append(text)
+    if not moved:
+        return
+    number = len(list(folder.glob(f"{ASIDE}-*")))
+    (folder / f"{ASIDE}-{number:04d}-{_name(rank)}").write_text("".join(moved), encoding="utf-8")
+    with atomic_file(path) as file:
+        file.write("".join(kept).encode())
+
+
+def _parsed(text: str) -> dict[str, Any] | None:
+    """A line; None where a killed run broke off in it."""
+    try:
+        line = json.loads(text)
+    except ValueError:
+        return None
+    return line if isinstance(line, dict) and isinstance(line.get("step"), int) else None
+
+
+def _name(rank: int) -> str:
+    return f"rank-{rank:05d}.jsonl"
+
+
+@dataclass(frozen=True)
+class LedgerReport:
+    """What a ledger says beside what the order says."""
+
+    steps: int
+    samples: int
+    noted: int
+    """Samples that were damaged, cut or left out."""
+    wrong: list[str] = field(default_factory=list)
+    """What does not hold, one line each."""
+
+
+def check_ledger(folder: str | Path, order: StepOrder) -> LedgerReport:
+    """Compare every step of a ledger with the order: nothing lost, nothing twice, nothing else."""
+    folder = Path(folder)
+    names = [source.name for source in order.sources]
+    found: dict[int, list[dict[str, Any]]] = {}
+    wrong = []
+    for path in sorted(folder.glob("rank-*.jsonl")):
+        for number, text in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+            line = _parsed(text)
+            if line is None:
+                wrong.append(f"{path.name}, line {number}: broken off")
+            else:
+                found.setdefault(line["step"], []).append(line)
+    if not found:
+        raise DataError("ledger", str(folder), "holds no step", "give the folder `ledger` of a run")
+    last = max(found)
+    samples = noted = 0
+    for step in range(last + 1):
+        lines = found.get(step, [])
+        expected = order.step(step)
+        everything = np.arange(len(expected.index))
+        count = sum(line["samples"] for line in lines)
+        total = sum(int(line["digest"], 16) for line in lines) % 2**64
+        if not lines:
+            wrong.append(f"step {step}: lost, of {last + 1} steps")
+        elif count != len(everything):
+            wrong.append(f"step {step}: {count} samples, and the order has {len(everything)}")
+        elif total != digest(expected, everything, names):
+            wrong.append(f"step {step}: other samples than the order has")
+        samples += count
+        noted += sum(len(line.get("notes", [])) for line in lines)
+    return LedgerReport(last + 1, samples, noted, wrong)

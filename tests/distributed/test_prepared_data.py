@@ -1,0 +1,260 @@
+"""Training on prepared data: the same steps and ledger under every layout, and nothing read twice."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from aquila_folders import tiny_model
+from prepared_toys import data_config, prepare_toys, stream
+from qwen_hf import write_tokenizer
+from tiny_aquila import GRIDS
+from tiny_folders import infimm_folder
+
+from megavlm.build.from_folder import run_from_folder
+from megavlm.build.model import build_model
+from megavlm.build.run_config import (
+    DataConfig,
+    OptimizerConfig,
+    ParallelConfig,
+    PrecisionConfig,
+    RunConfig,
+    check_for_world,
+)
+from megavlm.data.chat import ChatConfig
+from megavlm.data.ledger import check_ledger
+from megavlm.data.order import StepOrder
+from megavlm.data.read import ShardReader
+from megavlm.data.toy_world.world import ToyWorld
+from megavlm.errors import DataError
+from megavlm.parallel import groups as process_groups
+from megavlm.parallel.wrap import wrap_data_parallel
+from megavlm.testing import RankFailed, assert_losses_close, spawn
+from megavlm.train.feed import feed
+from megavlm.train.optim import build_optimizer
+from megavlm.train.step import train_step
+
+GOLDEN = Path(__file__).parents[1] / "fixtures" / "infimm_zephyr_tiny"
+TP2_SP = {"tensor_model_parallel_size": 2, "sequence_parallel": True}
+PP2 = {"pipeline_model_parallel_size": 2}
+AQUILA_KINDS = ("chat", "multi_image", "text")
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folders of both families, and data sets with the token counts of both."""
+    root = tmp_path_factory.mktemp("world")
+    tiny_model(root / "aquila", tied=True, grid=GRIDS["2a"])
+    write_tokenizer(root / "aquila")
+    infimm_folder(GOLDEN, root / "infimm")
+    toys = ToyWorld(sizes=((64, 64), (160, 64)))
+    prepare_toys(root / "data", root / "aquila", ChatConfig(), {"chat": 30, "multi_image": 12, "text": 20}, toys)
+    prepare_toys(root / "pairs", root / "infimm", ChatConfig(template="vicuna"), {"pairs": 25, "documents": 9}, toys)
+    return root
+
+
+def aquila_run(world: str, degrees: dict[str, Any], **changes: Any) -> RunConfig:
+    root = Path(world)
+    data = data_config(root / "data", root / "aquila", ChatConfig(), [stream(AQUILA_KINDS, 12)])
+    return small_run(root / "aquila", data, degrees).replace(**changes)
+
+
+def infimm_run(world: str, degrees: dict[str, Any], **changes: Any) -> RunConfig:
+    """Two streams, one of them cut to short texts."""
+    root = Path(world)
+    pairs = stream(["pairs"], 8, name="pairs", tokens_per_sample=40, over_long="cut", loss_weight=0.5)
+    documents = stream(["documents"], 4, name="documents", tokens_per_sample=500, over_long="drop")
+    data = data_config(root / "pairs", root / "infimm", ChatConfig(template="vicuna"), [pairs, documents])
+    run = small_run(root / "infimm", data, degrees)
+    return run.replace(trainable=("cross_attention", "resampler"), **changes)
+
+
+def small_run(folder: Path, data: DataConfig, degrees: dict[str, Any]) -> RunConfig:
+    run = run_from_folder(folder)
+    return run.replace(
+        data=data,
+        parallel=ParallelConfig(**degrees),
+        precision=PrecisionConfig(params_dtype="float32"),
+        optimizer=OptimizerConfig(lr=1e-3, lr_warmup_iters=0),
+        make_vocab_size_divisible_by=2,
+        train=run.train.replace(train_iters=100),
+    )
+
+
+RUNS = {"aquila": aquila_run, "infimm": infimm_run}
+
+
+def train(family: str, world: str, degrees: dict[str, Any], steps: int, ledger: str | None) -> Any:
+    """(loss, gradient norm, target tokens) of each step on the rank that speaks; bytes of pictures read by each."""
+    world_size = process_groups.join()
+    run = RUNS[family](world, degrees)
+    run = run.replace(train=run.train.replace(train_iters=steps))
+    check_for_world(run, world_size)
+    groups = process_groups.start(run.parallel)
+    read = count_picture_bytes()
+    model = build_model(run, groups)
+    chunks = wrap_data_parallel(list(model.chunks), run.data_parallel)
+    optimizer, scheduler = build_optimizer(chunks, run)
+    scheduler.step(increment=1)
+    found = []
+    for batches in feed(run, model, groups, 0, Path(ledger) if ledger else None):
+        result = train_step(chunks, optimizer, batches, groups, model.inputs)
+        scheduler.step(increment=1)
+        found.append((result.loss, result.grad_norm, result.target_tokens))
+    everyone: list[Any] = [None] * world_size
+    dist.all_gather_object(everyone, (groups.pipeline_rank, groups.data_rank, sum(read)))
+    return (found, everyone) if groups.speaks else None
+
+
+def count_picture_bytes() -> list[int]:
+    """The sizes of all picture files that this process reads from now on."""
+    sizes: list[int] = []
+    plain = ShardReader.read_pictures
+
+    def counting(self: ShardReader, *arguments: Any) -> list[bytes]:
+        files = plain(self, *arguments)
+        sizes.extend(map(len, files))
+        return files
+
+    ShardReader.read_pictures = counting  # type: ignore[method-assign]
+    return sizes
+
+
+LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
+    "DP=2": (2, {}),
+    "DP=4": (4, {}),
+    "TP=2 with SP": (2, TP2_SP),
+    "PP=2": (2, PP2),
+    "TP=2 x PP=2 with SP": (4, {**TP2_SP, **PP2}),
+    "DP=2 x PP=2": (4, PP2),
+}
+
+
+@pytest.fixture(scope="module")
+def alone(world: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """What one process computes, and its ledger."""
+    root = tmp_path_factory.mktemp("alone")
+    found = {}
+    for family in RUNS:
+        (result,) = spawn(train, 1, family, str(world), {}, 5, f"{root}/{family}")
+        found[family] = (result[0], root / family, sum(read for *_, read in result[1]))
+    return found
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("family", RUNS)
+def test_steps_and_ledger_are_alike(
+    family: str, layout: str, world: Path, alone: dict[str, Any], tmp_path: Path
+) -> None:
+    world_size, degrees = LAYOUTS[layout]
+    expected, ledger, all_bytes = alone[family]
+    (result,) = filter(None, spawn(train, world_size, family, str(world), degrees, 5, f"{tmp_path}/ledger"))
+    for (loss, norm, tokens), (expected_loss, expected_norm, expected_tokens) in zip(result[0], expected, strict=True):
+        assert_losses_close(loss, expected_loss)
+        assert_losses_close(norm, expected_norm, tolerance=1e-4)
+        assert tokens == expected_tokens
+    order = order_of(family, world)
+    for folder in (ledger, tmp_path / "ledger"):
+        report = check_ledger(folder, order)
+        assert (report.steps, report.samples, report.wrong) == (5, 60, [])
+    read = [read for *_, read in result[1]]
+    assert sum(read) == all_bytes, "each picture file is read by one rank alone"
+    assert all(read == 0 for stage, _, read in result[1] if stage > 0), "no later stage reads a picture"
+
+
+def order_of(family: str, world: Path) -> StepOrder:
+    run = RUNS[family](str(world), {})
+    assert run.data is not None
+    from megavlm.build.loader import build_words
+    from megavlm.data.step_plan import open_sources
+
+    sources = open_sources(run.data, build_words(run))
+    return StepOrder(run.data.streams, {source.name: len(source.index) for source in sources}, run.train.seed)
+
+
+def test_two_streams_weigh_what_they_say(alone: dict[str, Any]) -> None:
+    notes = [json.loads(line) for line in (alone["infimm"][1] / "rank-00000.jsonl").read_text().splitlines()]
+    assert {note["problem"] for line in notes for note in line.get("notes", [])} >= {"cut"}
+
+
+def damage_one_picture(world: Path, target: Path) -> str:
+    """A copy of the data in which one picture of the first step has a flipped bit."""
+    shutil.copytree(world, target)
+    run = aquila_run(str(world), {})
+    from megavlm.build.loader import build_words
+    from megavlm.data.step_plan import Planner, open_sources
+
+    assert run.data is not None
+    words = build_words(run)
+    sources = open_sources(run.data, words)
+    plan = Planner(run.data, sources, words, run.train.seed).plan(0)
+    place = next(n for n, source in enumerate(plan.samples.source) if sources[int(source)].name == "chat")
+    source = sources[int(plan.samples.source[place])]
+    rows = source.index.rows([int(plan.samples.index[place])])
+    shard = target / "data" / source.name / source.index.shard_names[int(rows.shard[0])]
+    content = bytearray(shard.read_bytes())
+    content[int(rows.files.offset[0]) + int(rows.files.size[0]) // 2] ^= 1
+    shard.write_bytes(bytes(content))
+    return f"{target}"
+
+
+@pytest.mark.parametrize("layout", ["TP=2 x PP=2 with SP", "PP=2"])
+def test_damage_that_one_rank_sees_is_known_to_all(layout: str, world: Path, tmp_path: Path) -> None:
+    """The last stage, which weighs the tokens, reads no picture: the loss is that of one process all the same."""
+    broken = damage_one_picture(world, tmp_path / "broken")
+    (alone,) = spawn(train, 1, "aquila", broken, {}, 1, f"{tmp_path}/alone")
+    (whole,) = spawn(train, 1, "aquila", str(world), {}, 1, None)
+    world_size, degrees = LAYOUTS[layout]
+    (found,) = filter(None, spawn(train, world_size, "aquila", broken, degrees, 1, f"{tmp_path}/ledger"))
+    assert found[0][0][2] == alone[0][0][2] < whole[0][0][2]
+    assert_losses_close(found[0][0][0], alone[0][0][0])
+    (line,) = (json.loads(line) for line in (tmp_path / "ledger" / "rank-00000.jsonl").read_text().splitlines())
+    assert "checksum" in line["notes"][0]["problem"]
+    assert check_ledger(tmp_path / "ledger", order_of("aquila", world)).noted == 1
+
+
+def test_too_much_damage_stops_the_run(world: Path, tmp_path: Path) -> None:
+    shutil.copytree(world, tmp_path / "broken")
+    (tmp_path / "broken" / "data" / "chat" / "shard-00000.tar").unlink()
+    with pytest.raises(RankFailed) as failed:
+        spawn(train, 2, "aquila", str(tmp_path / "broken"), {}, 3, None)
+    assert isinstance(failed.value.error, DataError) and "megavlm data lint" in str(failed.value.error)
+
+
+def resume(world: str, ledger: str, first: int, steps: int, degrees: dict[str, Any]) -> None:
+    """Only reads: a run that was stopped, and began again at a step before the one it had reached."""
+    process_groups.join()
+    run = aquila_run(world, degrees)
+    run = run.replace(train=run.train.replace(train_iters=steps))
+    groups = process_groups.start(run.parallel)
+    model = build_model(run, groups)
+    for _ in feed(run, model, groups, first, Path(ledger)):
+        pass
+
+
+def test_a_chain_of_resumes_leaves_the_ledger_of_an_unbroken_run(world: Path, tmp_path: Path) -> None:
+    """With other numbers of ranks each time, back over steps that were done, and a line broken off."""
+    ledger = tmp_path / "ledger"
+    for ranks, first, steps in ((1, 0, 4), (2, 3, 6), (4, 6, 8)):
+        spawn(resume, ranks, str(world), str(ledger), first, steps, {})
+    order = order_of("aquila", world)
+    report = check_ledger(ledger, order)
+    assert (report.steps, report.samples, report.wrong) == (8, 96, [])
+    with (ledger / "rank-00000.jsonl").open("a") as file:
+        file.write('{"step": 8, "sam')
+    assert check_ledger(ledger, order).wrong == ["rank-00000.jsonl, line 9: broken off"]
+    spawn(resume, 1, str(world), str(ledger), 8, 9, {})
+    report = check_ledger(ledger, order)
+    assert (report.steps, report.wrong) == (9, [])
+    assert len(list(ledger.glob("set-aside-*"))) == 2
+    lines = (ledger / "rank-00001.jsonl").read_text().splitlines(keepends=True)
+    for bad, problem in ((lines[1:], "samples, and the order has"), ([*lines, lines[0]], "samples, and the order has")):
+        (ledger / "rank-00001.jsonl").write_text("".join(bad))
+        assert problem in check_ledger(ledger, order).wrong[0]
+    (ledger / "rank-00001.jsonl").write_text("".join(lines))
+    torch.manual_seed(0)
