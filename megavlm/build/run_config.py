@@ -112,6 +112,11 @@ class RunConfig(Config):
     make_vocab_size_divisible_by: int = 128
     """The vocabulary is padded to a multiple of this times the tensor-parallel ranks."""
 
+    @property
+    def samples_per_step(self) -> int:
+        """The global batch: samples of prepared data, or rows of toy text."""
+        return self.train.global_batch_size if self.data is None else self.data.samples_per_step
+
     def check(self) -> None:
         require(
             "new_tokens" not in self.trainable or (self.infimm is not None and "decoder" not in self.trainable),

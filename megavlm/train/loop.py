@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import time
 
-from megavlm.batch import TextBatch
 from megavlm.build.model import Model, build_model
 from megavlm.build.run_config import RunConfig
-from megavlm.data.toy_text import toy_step
 from megavlm.log import IterationStats, get_logger, log_iteration
 from megavlm.model.freeze import count_parts
 from megavlm.parallel.groups import Groups
 from megavlm.parallel.wrap import gather_parameters, wrap_data_parallel
+from megavlm.train.feed import feed
 from megavlm.train.optim import build_optimizer
 from megavlm.train.step import train_step
 
@@ -27,8 +26,7 @@ def train(run: RunConfig, groups: Groups) -> Model:
     for count in count_parts(model.chunks):
         logger.info("%s: %d parameters on this rank, %d of them trained", count.part, count.parameters, count.trained)
     began = time.perf_counter()
-    for iteration in range(1, run.train.train_iters + 1):
-        batches = _batches(run, iteration - 1, groups)
+    for iteration, batches in enumerate(feed(run, model, groups, 0), 1):
         learning_rate = scheduler.get_lr({})  # a stage where all is frozen has no group to ask for
         result = train_step(wrapped, optimizer, batches, groups, model.inputs)
         scheduler.step(increment=1)
@@ -38,10 +36,10 @@ def train(run: RunConfig, groups: Groups) -> Model:
                 IterationStats(
                     iteration=iteration,
                     train_iters=run.train.train_iters,
-                    consumed_samples=iteration * run.train.global_batch_size,
+                    consumed_samples=iteration * run.samples_per_step,
                     elapsed_time_per_iteration_ms=elapsed,
                     learning_rate=learning_rate,
-                    global_batch_size=run.train.global_batch_size,
+                    global_batch_size=run.samples_per_step,
                     losses={"lm loss": result.loss},
                     grad_norm=result.grad_norm,
                     skipped_iterations=0 if result.applied else 1,
@@ -50,19 +48,3 @@ def train(run: RunConfig, groups: Groups) -> Model:
             began = time.perf_counter()
     gather_parameters(wrapped)
     return model
-
-
-def _batches(run: RunConfig, step: int, groups: Groups) -> list[TextBatch]:
-    return [
-        batch.to(groups.device)
-        for batch in toy_step(
-            seed=run.train.seed,
-            step=step,
-            global_batch_size=run.train.global_batch_size,
-            micro_batch_size=run.train.micro_batch_size,
-            seq_length=run.train.seq_length,
-            vocab_size=run.decoder.vocab_size,
-            data_rank=groups.data_rank,
-            data_size=groups.data_size,
-        )
-    ]

@@ -30,7 +30,7 @@ from megavlm.data.chat import ChatConfig
 from megavlm.data.ledger import check_ledger
 from megavlm.data.order import StepOrder
 from megavlm.data.read import ShardReader
-from megavlm.data.toy_world.world import ToyWorld
+from megavlm.data.toy_world.world import SampleKind, ToyWorld
 from megavlm.errors import DataError
 from megavlm.parallel import groups as process_groups
 from megavlm.parallel.wrap import wrap_data_parallel
@@ -42,7 +42,7 @@ from megavlm.train.step import train_step
 GOLDEN = Path(__file__).parents[1] / "fixtures" / "infimm_zephyr_tiny"
 TP2_SP = {"tensor_model_parallel_size": 2, "sequence_parallel": True}
 PP2 = {"pipeline_model_parallel_size": 2}
-AQUILA_KINDS = ("chat", "multi_image", "text")
+AQUILA_KINDS: tuple[SampleKind, ...] = ("chat", "multi_image", "text")
 
 
 @pytest.fixture(scope="module")
@@ -121,7 +121,7 @@ def count_picture_bytes() -> list[int]:
         sizes.extend(map(len, files))
         return files
 
-    ShardReader.read_pictures = counting  # type: ignore[method-assign]
+    ShardReader.read_pictures = counting  # type: ignore[method-assign, assignment]
     return sizes
 
 
