@@ -9,13 +9,13 @@ from typing import Any
 
 import pytest
 import torch
+from gathered import gradients
 from layouts import every_layout
 from safetensors.torch import load_file, save_file
 from tiny_aquila import GRIDS, IMAGE, TILE, VIDEO, save_tiny, tiny_config
 from torch import Tensor
 
 from megavlm.batch import SplicedMedia, TextBatch
-from megavlm.build.families import state_map_of
 from megavlm.build.from_folder import run_from_folder
 from megavlm.build.model import Model, build_model
 from megavlm.build.run_config import (
@@ -27,7 +27,6 @@ from megavlm.build.run_config import (
     RunConfig,
 )
 from megavlm.data.assemble_tables import spliced_batch
-from megavlm.export.hf_export import folder_tensors
 from megavlm.infer.cases import Case, case_batches
 from megavlm.infer.logits import compute_logits
 from megavlm.model.freeze import PARTS_OF_AQUILA_VL
@@ -97,19 +96,6 @@ def batch_of(rows: list[Row], packed: bool = False) -> TextBatch:
     targets = tokens.masked_fill(is_image, -100)
     plans = [plan for row in rows for plan in row[1]]
     return spliced_batch(tokens, targets, is_image.numpy(), plans, torch.cat([row[2] for row in rows]), bounds)
-
-
-def gradients(chunks: Any, run: RunConfig, groups: process_groups.Groups) -> dict[str, Tensor]:
-    """Of all stages, as the folder's tensors."""
-    trained = [chunk for chunk in chunks if any(p.requires_grad for p in chunk.parameters())]
-    mine = dict(folder_tensors(trained, state_map_of(run), groups.collection.tp, gradient_of))
-    stages: list[dict[str, Tensor]] = [{}] * groups.world_size
-    torch.distributed.all_gather_object(stages, mine)
-    return {name: value for stage in stages for name, value in stage.items()}
-
-
-def gradient_of(parameter: Any) -> Tensor:
-    return parameter.main_grad.clone() if parameter.requires_grad else torch.zeros_like(parameter)
 
 
 SHAPES = [[(150, 120)], [], [(30, 60), (200, 9)]]

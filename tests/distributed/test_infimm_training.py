@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 import torch
+from gathered import gradients
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from megavlm.batch import AttendedMedia, TextBatch, next_token_batch, preceding_images
-from megavlm.build.families import state_map_of
 from megavlm.build.from_folder import run_from_folder
 from megavlm.build.model import Model, build_model
 from megavlm.build.run_config import (
@@ -24,7 +24,7 @@ from megavlm.build.run_config import (
     RunConfig,
     WeightsConfig,
 )
-from megavlm.export.hf_export import export_model, folder_tensors
+from megavlm.export.hf_export import export_model
 from megavlm.infer.cases import Case, case_batches, read_cases
 from megavlm.infer.logits import compute_logits
 from megavlm.infer.verify import verify
@@ -50,19 +50,6 @@ def golden_run(degrees: dict[str, Any], **changes: Any) -> RunConfig:
         make_vocab_size_divisible_by=2,
     )
     return run.replace(**changes)
-
-
-def gradients(chunks: Any, run: RunConfig, groups: process_groups.Groups) -> dict[str, Tensor]:
-    """Of all stages, as the folder's tensors."""
-    trained = [chunk for chunk in chunks if any(p.requires_grad for p in chunk.parameters())]
-    mine = dict(folder_tensors(trained, state_map_of(run), groups.collection.tp, gradient_of))
-    stages: list[dict[str, Tensor]] = [{}] * groups.world_size
-    torch.distributed.all_gather_object(stages, mine)
-    return {name: value for stage in stages for name, value in stage.items()}
-
-
-def gradient_of(parameter: Any) -> Tensor:
-    return parameter.main_grad.clone() if parameter.requires_grad else torch.zeros_like(parameter)
 
 
 def pack(rows: list[TextBatch]) -> TextBatch:
