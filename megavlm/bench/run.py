@@ -11,6 +11,7 @@ import torch
 
 from megavlm.bench.adapter import adapter
 from megavlm.bench.aquila_vl_step import aquila_vl_step
+from megavlm.bench.data_path import data_path
 from megavlm.bench.decoder_step import decoder_step
 from megavlm.bench.harness import Comparison, DisagreementError, Row, measure
 from megavlm.bench.report import append, machine, table
@@ -19,6 +20,7 @@ BENCHMARKS: dict[str, Callable[[bool], AbstractContextManager[Comparison]]] = {
     "adapter": adapter,
     "decoder-step": decoder_step,
     "aquila-vl-step": aquila_vl_step,
+    "data-path": data_path,
 }
 """Name -> a function of `quick` (the same path at toy size) that sets the two sides up and clears them away."""
 
