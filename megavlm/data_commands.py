@@ -8,6 +8,7 @@ from collections.abc import Callable
 from megavlm.config import nearest
 from megavlm.data.catalog import check, entries_of, prepared_counts, table_of
 from megavlm.data.index_build import build_index
+from megavlm.data.ledger import check_ledger, order_of_ledger
 from megavlm.data.prepare import PrepareConfig, check_worth, prepare, summary
 from megavlm.data.progress import Progress
 from megavlm.data.readers.registry import READERS
@@ -83,8 +84,28 @@ def data_catalog(arguments: list[str]) -> int:
     return 0
 
 
+def data_ledger(arguments: list[str]) -> int:
+    """`megavlm data ledger FOLDER`: hold what a run consumed against its order; exit code 1 where they differ."""
+    if not arguments or any(word in HELP for word in arguments):
+        print("usage: megavlm data ledger FOLDER [--data-path DIR]\n")
+        print("FOLDER is the folder `ledger` of a run; --data-path is where its data sets lie now, if they have moved.")
+        return 0
+    own, rest = take_options(arguments, [], ["--data-path"])
+    if len(rest) != 1:
+        raise ConfigError("megavlm data ledger", rest, "takes one folder", "write megavlm data ledger FOLDER")
+    report = check_ledger(rest[0], order_of_ledger(rest[0], own.get("--data-path")))
+    for line in report.wrong:
+        print(line)
+    verdict = "nothing lost, nothing twice" if not report.wrong else f"{len(report.wrong)} lines do not hold"
+    print(
+        f"{report.steps} steps, {report.samples} samples, {report.noted} noted as damaged, cut or left out: {verdict}"
+    )
+    return 1 if report.wrong else 0
+
+
 COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "prepare": data_prepare,
     "index": data_index,
     "catalog": data_catalog,
+    "ledger": data_ledger,
 }

@@ -19,9 +19,11 @@ from typing import Any
 import numpy as np
 
 from megavlm.data.files import atomic_file
+from megavlm.data.index import Index
 from megavlm.data.loader import Damage, StepBatches
 from megavlm.data.order import StepOrder, StepSamples
 from megavlm.data.permutation import mixed
+from megavlm.data.step_plan import DataConfig
 from megavlm.errors import DataError
 from megavlm.tiles import Ints
 
@@ -122,6 +124,26 @@ class LedgerReport:
     """Samples that were damaged, cut or left out."""
     wrong: list[str] = field(default_factory=list)
     """What does not hold, one line each."""
+
+
+def order_of_ledger(folder: str | Path, data_path: str | None = None) -> StepOrder:
+    """The order that the run of a ledger followed; `data_path` where its data sets have moved since."""
+    path = Path(folder) / SETTINGS_FILE
+    try:
+        settings = json.loads(path.read_text(encoding="utf-8"))
+        config, seed = DataConfig.from_dict(settings["data"]), int(settings["seed"])
+    except FileNotFoundError:
+        raise DataError(
+            "ledger", str(folder), f"holds no {SETTINGS_FILE}", "give the folder `ledger` of a run"
+        ) from None
+    except (OSError, ValueError, TypeError, KeyError):
+        raise DataError("ledger", str(path), "cannot be read", "copy it again") from None
+    sizes = {
+        source.name: len(Index.open(Path(data_path or config.path) / source.name))
+        for stream in config.streams
+        for source in stream.sources
+    }
+    return StepOrder(config.streams, sizes, seed)
 
 
 def check_ledger(folder: str | Path, order: StepOrder) -> LedgerReport:

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 import torch.distributed as dist
 from aquila_folders import tiny_model
 from prepared_toys import data_config, prepare_toys, stream
@@ -17,6 +16,7 @@ from tiny_aquila import GRIDS
 from tiny_folders import infimm_folder
 
 from megavlm.build.from_folder import run_from_folder
+from megavlm.build.loader import build_words
 from megavlm.build.model import build_model
 from megavlm.build.run_config import (
     DataConfig,
@@ -26,10 +26,12 @@ from megavlm.build.run_config import (
     RunConfig,
     check_for_world,
 )
+from megavlm.cli import main
 from megavlm.data.chat import ChatConfig
 from megavlm.data.ledger import check_ledger
 from megavlm.data.order import StepOrder
 from megavlm.data.read import ShardReader
+from megavlm.data.step_plan import Planner, open_sources
 from megavlm.data.toy_world.world import SampleKind, ToyWorld
 from megavlm.errors import DataError
 from megavlm.parallel import groups as process_groups
@@ -170,9 +172,6 @@ def test_steps_and_ledger_are_alike(
 def order_of(family: str, world: Path) -> StepOrder:
     run = RUNS[family](str(world), {})
     assert run.data is not None
-    from megavlm.build.loader import build_words
-    from megavlm.data.step_plan import open_sources
-
     sources = open_sources(run.data, build_words(run))
     return StepOrder(run.data.streams, {source.name: len(source.index) for source in sources}, run.train.seed)
 
@@ -186,9 +185,6 @@ def damage_one_picture(world: Path, target: Path) -> str:
     """A copy of the data in which one picture of the first step has a flipped bit."""
     shutil.copytree(world, target)
     run = aquila_run(str(world), {})
-    from megavlm.build.loader import build_words
-    from megavlm.data.step_plan import Planner, open_sources
-
     assert run.data is not None
     words = build_words(run)
     sources = open_sources(run.data, words)
@@ -237,7 +233,9 @@ def resume(world: str, ledger: str, first: int, steps: int, degrees: dict[str, A
         pass
 
 
-def test_a_chain_of_resumes_leaves_the_ledger_of_an_unbroken_run(world: Path, tmp_path: Path) -> None:
+def test_a_chain_of_resumes_leaves_the_ledger_of_an_unbroken_run(
+    world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """With other numbers of ranks each time, back over steps that were done, and a line broken off."""
     ledger = tmp_path / "ledger"
     for ranks, first, steps in ((1, 0, 4), (2, 3, 6), (4, 6, 8)):
@@ -257,4 +255,8 @@ def test_a_chain_of_resumes_leaves_the_ledger_of_an_unbroken_run(world: Path, tm
         (ledger / "rank-00001.jsonl").write_text("".join(bad))
         assert problem in check_ledger(ledger, order).wrong[0]
     (ledger / "rank-00001.jsonl").write_text("".join(lines))
-    torch.manual_seed(0)
+    assert main(["data", "ledger", str(ledger)]) == 0
+    assert "9 steps, 108 samples, 0 noted" in capsys.readouterr().out
+    assert main(["data", "ledger", str(ledger), "--data-path", str(tmp_path)]) == 2
+    (ledger / "rank-00000.jsonl").unlink()
+    assert main(["data", "ledger", str(ledger)]) == 1 and "do not hold" in capsys.readouterr().out
