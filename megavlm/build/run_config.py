@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from megavlm.checkpoint.manager import CheckpointConfig
 from megavlm.config import Config, require
 from megavlm.errors import LayoutError
 from megavlm.model.aquila_vl.config import AquilaVLConfig
@@ -18,6 +19,7 @@ from megavlm.parallel.wrap import DataParallelConfig, OptimizerConfig
 
 __all__ = [
     "AquilaVLConfig",
+    "CheckpointConfig",
     "DataParallelConfig",
     "DecoderConfig",
     "InfiMMConfig",
@@ -103,6 +105,8 @@ class RunConfig(Config):
     """Length and batch."""
     weights: WeightsConfig = field(default_factory=WeightsConfig)
     """Folders of weights."""
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    """The state of training on disk."""
     transformer_impl: Implementation = "auto"
     """Whose layers: Transformer Engine's, megatron-core's local ones, or auto (the former where installed)."""
     make_vocab_size_divisible_by: int = 128

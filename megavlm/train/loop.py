@@ -12,6 +12,7 @@ from megavlm.log import IterationStats, get_logger, log_iteration
 from megavlm.model.freeze import count_parts
 from megavlm.parallel.groups import Groups
 from megavlm.parallel.wrap import gather_parameters, wrap_data_parallel
+from megavlm.train.checkpointing import Checkpointing, train_state
 from megavlm.train.optim import build_optimizer
 from megavlm.train.step import train_step
 
@@ -26,8 +27,10 @@ def train(run: RunConfig, groups: Groups) -> Model:
     logger.info("training %s on %d processes", run.name, groups.world_size)
     for count in count_parts(model.chunks):
         logger.info("%s: %d parameters on this rank, %d of them trained", count.part, count.parameters, count.trained)
+    checkpointing = Checkpointing(run, train_state(run, model, wrapped, optimizer, scheduler, groups))
+    done = checkpointing.resume()
     began = time.perf_counter()
-    for iteration in range(1, run.train.train_iters + 1):
+    for iteration in range(done + 1, run.train.train_iters + 1):
         batches = _batches(run, iteration - 1, groups)
         learning_rate = scheduler.get_lr({})  # a stage where all is frozen has no group to ask for
         result = train_step(wrapped, optimizer, batches, groups, model.inputs)
@@ -48,6 +51,8 @@ def train(run: RunConfig, groups: Groups) -> Model:
                 )
             )
             began = time.perf_counter()
+        checkpointing.after_step(iteration)
+    checkpointing.finish(max(done, run.train.train_iters))
     gather_parameters(wrapped)
     return model
 
