@@ -24,7 +24,7 @@ from megatron.core.dist_checkpointing.strategies.torch import (
     mcore_to_pyt_state_dict,
 )
 from torch import Tensor
-from torch.distributed.checkpoint.filesystem import CURRENT_DCP_VERSION, _StorageInfo
+from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex
 from torch.distributed.checkpoint.planner import WriteItem
 
@@ -93,7 +93,6 @@ def write_shards(plan: Plan, folder: Path, rank: int) -> Written:
 
 def write_lists(metadata: Metadata, parts: Iterable[Written], folder: Path, common: Mapping[str, int]) -> Written:
     """Write what rank 0 writes once all shards are there: the list of tensors, and what tells readers the format."""
-    metadata.version = CURRENT_DCP_VERSION
     metadata.storage_data = {index: place for part in parts for index, place in part.places}
     config = dataclasses.asdict(CheckpointingConfig("torch_dist", 1))
     file = HashedFile(folder / COMMON_FILE)

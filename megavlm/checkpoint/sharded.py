@@ -69,7 +69,8 @@ def load_checkpoint(state: TrainState, folder: Path, step: int, found: Counters,
     with agreed():
         check_common(folder)
         _check_tensors(wanted.tensors.values(), read_metadata(folder), folder)
-    wanted.read(folder)
+    with agreed():  # torch tells all ranks of one that cannot read
+        wanted.read(folder)
     set_steps_taken(state.optimizer, found.optimizer_steps)
     state.scheduler.num_steps = found.scheduler_steps
     state.scheduler.step(increment=0)
