@@ -42,6 +42,10 @@ class WeightsError(MegavlmError):
     """A file of weights that is missing, damaged, or of another model."""
 
 
+class CheckpointError(MegavlmError):
+    """A checkpoint that is damaged, incomplete, or of another run."""
+
+
 class DataError(MegavlmError):
     """A sample that contradicts itself, or that the model cannot take."""
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from megavlm.checkpoint.manager import CheckpointConfig
 from megavlm.config import Config, require
 from megavlm.data.step_plan import DataConfig
 from megavlm.errors import LayoutError
@@ -19,6 +20,7 @@ from megavlm.parallel.wrap import DataParallelConfig, OptimizerConfig
 
 __all__ = [
     "AquilaVLConfig",
+    "CheckpointConfig",
     "DataConfig",
     "DataParallelConfig",
     "DecoderConfig",
@@ -107,6 +109,8 @@ class RunConfig(Config):
     """What is read; none: toy text, of `train.seq_length` tokens a row."""
     weights: WeightsConfig = field(default_factory=WeightsConfig)
     """Folders of weights."""
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    """The state of training on disk."""
     transformer_impl: Implementation = "auto"
     """Whose layers: Transformer Engine's, megatron-core's local ones, or auto (the former where installed)."""
     make_vocab_size_divisible_by: int = 128

@@ -73,6 +73,15 @@ def atomic_folder(final: str | Path, overwrite: bool = False) -> Iterator[Path]:
         raise
 
 
+def replace_file(path: Path, content: bytes) -> None:
+    """Give a small file this content: it changes at once or not at all."""
+    staging = staging_path(path)
+    staging.write_bytes(content)
+    _sync(staging)
+    staging.replace(path)
+    _sync(path.parent)
+
+
 def write_sums(folder: Path, known: Mapping[str, str] | None = None) -> None:
     """List every file of the folder for `sha256sum --check`; sums that are `known` by relative path are taken."""
     known = known or {}

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -98,7 +99,10 @@ class HFWriter:
 
     def _write_shard(self) -> None:
         file = self.folder / f"part-{self._index:05d}-shard-{len(self._shards):05d}.safetensors"
-        save_file(self._pending, file, metadata={"format": "pt"})
+        try:
+            save_file(self._pending, file, metadata={"format": "pt"})
+        except SafetensorError as error:  # what it calls a full disk
+            raise OSError(f"{file}: {error}") from error
         # safetensors 0.8 makes files that their owner alone can read: give them the permissions of the folder.
         file.chmod(self.folder.stat().st_mode & 0o666)
         tensors = tuple(TensorEntry(name, tuple(tensor.shape), tensor.nbytes) for name, tensor in self._pending.items())

@@ -58,7 +58,7 @@ class LedgerWriter:
 
     def _check_settings(self, settings: dict[str, Any]) -> None:
         path = self.folder / SETTINGS_FILE
-        if path.exists() and json.loads(path.read_text(encoding="utf-8")) != settings:
+        if path.exists() and _what_orders(json.loads(path.read_text(encoding="utf-8"))) != _what_orders(settings):
             problem = "is of a run with other data settings, so its order was another one"
             raise DataError("ledger", str(self.folder), problem, "go on with its settings, or save to another folder")
         with atomic_file(path) as file:
@@ -81,6 +81,11 @@ class LedgerWriter:
             line["notes"] = wrong
         self._file.write(json.dumps(line) + "\n")
         self._file.flush()
+
+
+def _what_orders(settings: dict[str, Any]) -> tuple[Any, Any]:
+    """What the order follows from; rows, threads and places of data sets may change from one start to the next."""
+    return settings["data"]["streams"], settings["seed"]
 
 
 def set_aside(folder: Path, rank: int, first_step: int) -> None:

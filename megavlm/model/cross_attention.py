@@ -11,12 +11,14 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from megatron.core.models.backends import BackendSpecProvider
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel.mappings import scatter_to_sequence_parallel_region
+from megatron.core.transformer.mlp import apply_swiglu_sharded_factory
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
@@ -90,6 +92,15 @@ class GatedCrossAttention(MegatronModule):
         # Each rank sees its own slice of the sequence, so its gradient is a part of the sum.
         gate.sequence_parallel = self.config.sequence_parallel  # type: ignore[attr-defined]
         return gate
+
+    def sharded_state_dict(
+        self, prefix: str = "", sharded_offsets: tuple[Any, ...] = (), metadata: dict[str, Any] | None = None
+    ) -> dict[str, Any]:
+        state: dict[str, Any] = super().sharded_state_dict(prefix, sharded_offsets, metadata)
+        # A rank holds its slice of the keys and behind it its slice of the values, like the two halves of a gated MLP.
+        name = f"{prefix}to_kv.weight"
+        state[name] = apply_swiglu_sharded_factory(state[name], sharded_offsets)
+        return state
 
     def forward(self, hidden: Tensor, latents: Tensor, token_map: Tensor) -> Tensor:
         """hidden [s, b, width] -> the same; under sequence parallelism its slice, and so are the latents' rows.

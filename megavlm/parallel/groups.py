@@ -79,12 +79,7 @@ def start(parallel: ParallelConfig, seed: int = 1234) -> Groups:
         # megatron-core makes a second, gloo, copy of each group for its own checkpoint gathers.
         create_gloo_process_groups=machine.backend() != "gloo",
     )
-    # Dropout has to differ between stages and between data-parallel ranks. Tensor-parallel ranks share what they drop
-    # of a replicated residual; megatron-core tells them apart where each holds its own slice.
-    data_size = parallel_state.get_data_parallel_world_size()
-    place = parallel_state.get_pipeline_model_parallel_rank() * data_size + parallel_state.get_data_parallel_rank()
-    torch.manual_seed(seed + 10_000 * place)
-    model_parallel_cuda_manual_seed(seed + 10_000 * place)
+    seed_generators(seed)
     return Groups(
         device=machine.prepare(),
         rank=dist.get_rank(),
@@ -96,6 +91,18 @@ def start(parallel: ParallelConfig, seed: int = 1234) -> Groups:
         data_size=parallel_state.get_data_parallel_world_size(),
         collection=ProcessGroupCollection.use_mpu_process_groups(),
     )
+
+
+def seed_generators(seed: int) -> None:
+    """Seed what dropout draws from; the groups must have been started.
+
+    Dropout has to differ between stages and between data-parallel ranks. Tensor-parallel ranks share what they drop
+    of a replicated residual; megatron-core tells them apart where each holds its own slice.
+    """
+    data_size = parallel_state.get_data_parallel_world_size()
+    place = parallel_state.get_pipeline_model_parallel_rank() * data_size + parallel_state.get_data_parallel_rank()
+    torch.manual_seed(seed + 10_000 * place)
+    model_parallel_cuda_manual_seed(seed + 10_000 * place)
 
 
 def stop() -> None:

@@ -25,7 +25,12 @@ logger = get_logger(__name__)
 def feed(
     run: RunConfig, model: Model, groups: Groups, first: int, ledger: Path | None = None
 ) -> Iterator[list[TextBatch]]:
-    """The batches of step `first` and all behind it, on this process's device."""
+    """The batches of step `first` and all behind it, on this process's device.
+
+    A run that saves checkpoints keeps its ledger beside them, where no other folder is given.
+    """
+    if ledger is None and run.checkpoint.save_to is not None:
+        ledger = Path(run.checkpoint.save_to) / "ledger"
     steps = _toy(run, groups, first) if run.data is None else _prepared(run, model, groups, first, ledger)
     for batches in steps:
         yield [batch.to(groups.device) for batch in batches]

@@ -10,6 +10,7 @@ from megavlm.log import IterationStats, get_logger, log_iteration
 from megavlm.model.freeze import count_parts
 from megavlm.parallel.groups import Groups
 from megavlm.parallel.wrap import gather_parameters, wrap_data_parallel
+from megavlm.train.checkpointing import Checkpointing, train_state
 from megavlm.train.feed import feed
 from megavlm.train.optim import build_optimizer
 from megavlm.train.step import train_step
@@ -25,8 +26,10 @@ def train(run: RunConfig, groups: Groups) -> Model:
     logger.info("training %s on %d processes", run.name, groups.world_size)
     for count in count_parts(model.chunks):
         logger.info("%s: %d parameters on this rank, %d of them trained", count.part, count.parameters, count.trained)
+    checkpointing = Checkpointing(run, train_state(run, model, wrapped, optimizer, scheduler, groups))
+    done = checkpointing.resume()
     began = time.perf_counter()
-    for iteration, batches in enumerate(feed(run, model, groups, 0), 1):
+    for iteration, batches in enumerate(feed(run, model, groups, done), done + 1):
         learning_rate = scheduler.get_lr({})  # a stage where all is frozen has no group to ask for
         result = train_step(wrapped, optimizer, batches, groups, model.inputs)
         scheduler.step(increment=1)
@@ -46,5 +49,7 @@ def train(run: RunConfig, groups: Groups) -> Model:
                 )
             )
             began = time.perf_counter()
+        checkpointing.after_step(iteration)
+    checkpointing.finish(max(done, run.train.train_iters))
     gather_parameters(wrapped)
     return model

@@ -10,10 +10,11 @@ from typing import Any
 import pytest
 import torch
 from gathered import gradients
+from resumed_runs import infimm_row
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from megavlm.batch import AttendedMedia, TextBatch, next_token_batch, preceding_images
+from megavlm.batch import AttendedMedia, TextBatch
 from megavlm.build.from_folder import run_from_folder
 from megavlm.build.model import Model, build_model
 from megavlm.build.run_config import (
@@ -191,22 +192,9 @@ def train_on_scattered_images(degrees: dict[str, Any], steps: int) -> None:
     optimizer, _ = build_optimizer(chunks, run)
     draw = random.Random(groups.data_rank)
     for step in range(steps):
-        batches = [random_batch(run, draw.choice([0, 0, 0, 1, 2]), 1000 * step + n) for n in range(2)]
+        batches = [infimm_row(run, draw.choice([0, 0, 0, 1, 2]), 1000 * step + n) for n in range(2)]
         result = train_step(chunks, optimizer, batches, groups, model.inputs)
         assert result.applied
-
-
-def random_batch(run: RunConfig, images: int, seed: int) -> TextBatch:
-    assert run.infimm is not None
-    generator = torch.Generator().manual_seed(seed)
-    tokens = torch.randint(3, 100, (1, 8), generator=generator)
-    tokens[0, 1 : 2 * images + 1 : 2] = run.infimm.image_token_id
-    tower = run.infimm.tower
-    patches = torch.randn(images * tower.patches, tower.patch_values, generator=generator)
-    image_of_token, has_image = preceding_images(tokens, run.infimm.image_token_id, [images])
-    text = next_token_batch(tokens)
-    media = AttendedMedia(patches, (1,) * images, image_of_token=image_of_token, has_image=has_image)
-    return TextBatch(text.tokens, text.labels, text.loss_weights, media=media)
 
 
 @pytest.mark.parametrize(
@@ -276,7 +264,7 @@ def losses_of_new_tokens(degrees: dict[str, Any], data_parallel: DataParallelCon
     optimizer, _ = build_optimizer(chunks, run.replace(data_parallel=data_parallel))
     optimizer.param_groups[0]["lr"] = run.optimizer.lr
     rows = range(groups.data_rank, 4, groups.data_size)
-    batches = [random_batch(run, 1, row) for row in rows]
+    batches = [infimm_row(run, 1, row) for row in rows]
     losses = [train_step(chunks, optimizer, batches, groups, model.inputs).loss for _ in range(3)]
     return losses if groups.is_last_stage else []
 

@@ -1,0 +1,112 @@
+"""The checkpoints of a training run: where it goes on, and after which steps it saves."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from megatron.core.distributed import DistributedDataParallel
+from megatron.core.optimizer import MegatronOptimizer
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+
+from megavlm.build.families import state_map_of
+from megavlm.build.model import Model
+from megavlm.build.run_config import RunConfig
+from megavlm.checkpoint.manager import CheckpointManager
+from megavlm.checkpoint.state import TrainState
+from megavlm.errors import CheckpointError
+from megavlm.parallel.groups import Groups
+
+_MAY_CHANGE = ("hidden_dropout", "attention_dropout", "init_method_std", "max_position_embeddings")
+"""Fields of the decoder that a run may change when it goes on."""
+
+
+def train_state(
+    run: RunConfig,
+    model: Model,
+    chunks: list[DistributedDataParallel],
+    optimizer: MegatronOptimizer,
+    scheduler: OptimizerParamScheduler,
+    groups: Groups,
+) -> TrainState:
+    """What a checkpoint of this run holds."""
+    return TrainState(
+        chunks=chunks,
+        optimizer=optimizer,
+        scheduler=scheduler,
+        groups=groups,
+        parts=model.parts(),
+        state_map=state_map_of(run),
+        run=run.to_dict(),
+        identity=run_identity(run),
+        seed=run.train.seed,
+    )
+
+
+def run_identity(run: RunConfig) -> dict[str, Any]:
+    """What makes two runs train the same weights: the model's shape and which parts of it learn."""
+    settings = run.to_dict()
+    decoder = {name: value for name, value in settings["decoder"].items() if name not in _MAY_CHANGE}
+    aquila_vl = settings["aquila_vl"] and {k: v for k, v in settings["aquila_vl"].items() if k != "grid"}
+    return {
+        "decoder": decoder,
+        "infimm": settings["infimm"],
+        "aquila_vl": aquila_vl,
+        "trainable": sorted(run.trainable),
+        "params_dtype": run.precision.params_dtype,
+    }
+
+
+class Checkpointing:
+    """Saves and resumes as the run's settings say; does nothing where they name no folder."""
+
+    def __init__(self, run: RunConfig, state: TrainState) -> None:
+        self._settings, self._state = run.checkpoint, state
+        self._manager = self._manager_of(run.checkpoint.save_to) if run.checkpoint.save_to else None
+
+    def resume(self) -> int:
+        """The steps that are done: those of the latest checkpoint, which fills the state."""
+        save, load = self._settings.save_to, self._settings.load_from
+        if self._manager is not None:
+            self._manager.open(self._state)
+            step = self._manager.load_latest(self._state)
+            if step is not None:
+                return step
+        if load is None or (save is not None and Path(load).resolve() == Path(save).resolve()):
+            return 0
+        step = self._manager_of(load).load_latest(self._state)
+        if step is None:
+            raise CheckpointError("--load", load, "holds no checkpoint", "name a folder that --save has filled")
+        return step
+
+    def after_step(self, step: int) -> None:
+        """Save if it is time, and look after a save in the background."""
+        if self._manager is None:
+            return
+        self._manager.poll(self._state)
+        interval = self._settings.save_interval
+        if interval is not None and step % interval == 0:
+            self._manager.save(self._state, step)
+
+    def finish(self, step: int) -> None:
+        """Save the end of the run, and wait until it is on disk."""
+        if self._manager is None:
+            return
+        self._manager.finish(self._state)
+        if self._manager.last_saved != step:
+            self._manager.save(self._state, step)
+            self._manager.finish(self._state)
+        if self._manager.last_saved != step:
+            remedy = "make room, and run the same command again"
+            raise CheckpointError("--save", self._settings.save_to, f"the last step, {step}, is not saved", remedy)
+
+    def _manager_of(self, folder: str) -> CheckpointManager:
+        settings = self._settings
+        return CheckpointManager(
+            folder,
+            keep_last=settings.keep_last,
+            keep_every=settings.keep_every,
+            async_save=settings.async_save,
+            load_previous_if_damaged=settings.load_previous_if_damaged,
+            max_save_failures=settings.max_save_failures,
+        )
