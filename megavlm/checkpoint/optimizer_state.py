@@ -77,13 +77,24 @@ def set_steps_taken(optimizer: MegatronOptimizer, steps: int) -> None:
                 inner.optimizer.state[held]["step"].fill_(steps)
 
 
+@dataclass(frozen=True)
+class Whole:
+    """One of the tensors that the optimizer keeps of a parameter, in the parameter's shape."""
+
+    parameter: nn.Parameter
+    name: str
+    tensor: Tensor
+    is_copy: bool
+    """Whether it lies in host memory apart from the optimizer's own."""
+
+
 def gather_states(
     optimizer: MegatronOptimizer, owners: Mapping[nn.Parameter, int], group: dist.ProcessGroup
-) -> Iterator[tuple[nn.Parameter, str, Tensor]]:
+) -> Iterator[Whole]:
     """The whole state of each parameter that this rank of the data-parallel group owns.
 
     `owners` gives every parameter its rank, in the same order on all of them. What is not distributed comes as the
-    optimizer's own tensors, the rest as copies in host memory: each rank then holds its share, none holds all.
+    optimizer's own tensors, the rest as copies: each rank then holds those of its share, none holds all.
     """
     mine = slots(optimizer)
     distributed = [inner for inner in _stepping(optimizer) if _is_dealt(inner)]
@@ -93,7 +104,7 @@ def gather_states(
             yield from _exchange(name, wanted, owners, mine, _shares(inner), inner.data_parallel_group)
         if not distributed:
             owned = [parameter for parameter in wanted if owners[parameter] == group.rank()]
-            yield from ((p, name, mine[p].tensors[name].detach().view(p.shape)) for p in owned)
+            yield from (Whole(p, name, mine[p].tensors[name].detach().view(p.shape), is_copy=False) for p in owned)
 
 
 def _stepping(optimizer: MegatronOptimizer) -> list[Any]:
@@ -159,7 +170,7 @@ def _exchange(
     mine: Mapping[nn.Parameter, Slot],
     shares: Mapping[nn.Parameter, list[tuple[int, int]]],
     group: dist.ProcessGroup,
-) -> Iterator[tuple[nn.Parameter, str, Tensor]]:
+) -> Iterator[Whole]:
     """Every rank sends its slices to the owners, all in one message."""
     wanted = [parameter for parameter in wanted if parameter in shares]
     if not wanted:
@@ -182,4 +193,4 @@ def _exchange(
         for p in for_rank[rank]:
             start, stop = shares[p][other]
             whole[p].view(-1)[start:stop].copy_(next(parts))
-    yield from ((p, name, tensor) for p, tensor in whole.items())
+    yield from (Whole(p, name, tensor, is_copy=True) for p, tensor in whole.items())

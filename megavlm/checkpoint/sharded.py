@@ -50,7 +50,6 @@ class Counters:
 def plan_checkpoint(state: TrainState, *, snapshot: bool) -> Plan:
     """What each rank will write; with `snapshot` it is copied, so that training may go on while it is written."""
     gather_parameters(list(state.chunks))
-    # megatron-core reads shapes from these tensors while all ranks agree, and the copies are dropped when written.
     return plan_files([*_tensors_to_save(state, snapshot), *_generators_to_save(state)])
 
 
@@ -104,9 +103,10 @@ def _tensors_to_save(state: TrainState, snapshot: bool) -> Iterator[ShardedBase]
     for described in first:
         if owners[described.data] == group.rank():
             yield _with_data(described, described.key, _taken(described.data.detach(), snapshot))
-    for parameter, name, tensor in gather_states(state.optimizer, owners, group):
-        described = by_parameter[parameter]
-        yield _with_data(described, _state_key(name, described.key), _taken(tensor, snapshot))
+    for kept in gather_states(state.optimizer, owners, group):
+        described = by_parameter[kept.parameter]
+        tensor = _taken(kept.tensor, snapshot and not kept.is_copy)
+        yield _with_data(described, _state_key(kept.name, described.key), tensor)
 
 
 def _taken(tensor: Tensor, snapshot: bool) -> Tensor:

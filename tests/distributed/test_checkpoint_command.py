@@ -15,12 +15,13 @@ import pytest
 from resumed_runs import INTERLEAVED, PP2, TP2, assert_same_tensors, saved_tensors, start
 
 from megavlm.build.run_config import CheckpointConfig, OptimizerConfig, ParallelConfig, RunConfig, TrainConfig
+from megavlm.checkpoint.atomic import staging_path
 from megavlm.checkpoint.manager import CheckpointManager
 from megavlm.checkpoint.shelf import checkpoint_path, steps_saved
 from megavlm.errors import CheckpointError
 from megavlm.parallel import groups as process_groups
 from megavlm.recipes import recipe
-from megavlm.testing import RankFailed, spawn
+from megavlm.testing import RankFailed, assert_losses_close, spawn
 from megavlm.train.loop import train
 
 STEPS = 8
@@ -37,18 +38,31 @@ def run_with(folder: Path, degrees: dict[str, Any] | None = None, steps: int = S
     )
 
 
-def train_once(run: RunConfig, kill_after: float | None = None) -> None:
-    """The whole command; rank 1 may be killed after some seconds of it."""
+Moment = tuple[Path, float]
+"""So many seconds behind the sight of a folder: one that is being written, or one that has its name."""
+
+
+def train_once(run: RunConfig, moment: Moment | None = None) -> None:
+    """The whole command; rank 1 is killed at the moment, if it comes."""
     process_groups.join()
     groups = process_groups.start(run.parallel, run.train.seed)
-    if kill_after is not None and groups.rank == 1:
-        threading.Thread(target=kill_soon, args=(kill_after,), daemon=True).start()
+    if moment is not None and groups.rank == 1:
+        threading.Thread(target=kill_at, args=(moment,), daemon=True).start()
     train(run, groups)
 
 
-def kill_soon(seconds: float) -> None:
-    time.sleep(seconds)
+def kill_at(moment: Moment) -> None:
+    folder, delay = moment
+    while not folder.exists():
+        time.sleep(0.001)
+    time.sleep(delay)
     os.kill(os.getpid(), signal.SIGKILL)
+
+
+def random_moment(folder: Path, draw: random.Random) -> Moment:
+    """While the next or the next but one checkpoint is saved, or in the step behind it."""
+    path = checkpoint_path(folder, max(steps_saved(folder), default=0) + draw.choice([1, 2]))
+    return draw.choice([path, staging_path(path)]), draw.choice([0.0, draw.uniform(0.0, 0.1)])
 
 
 def compare(one: Path, other: Path) -> None:
@@ -99,47 +113,43 @@ def test_a_run_without_room_ends_in_an_error(failures: int, message: str, tmp_pa
         spawn(train_without_room, 1, run_with(tmp_path / "full", max_save_failures=failures))
 
 
-def kill_until_done(run: RunConfig, draw: random.Random, kills: int, longest: float) -> int:
-    """Start the run again and again; how often it was killed."""
-    killed = 0
+def kill_then_end(run: RunConfig, draw: random.Random, kills: int) -> None:
+    """Start the run again and again, each time until it is killed, then let it end."""
+    folder = Path(run.checkpoint.save_to or "")
     for _ in range(kills):
-        try:
-            spawn(train_once, 2, run, draw.uniform(0.0, longest))
-            break
-        except RankFailed as failure:
-            assert "exit code -9" in str(failure), failure
-            killed += 1
+        with pytest.raises(RankFailed, match="exit code -9"):
+            spawn(train_once, 2, run, random_moment(folder, draw))
     spawn(train_once, 2, run)
-    return killed
-
-
-def time_of(run: RunConfig) -> float:
-    began = time.monotonic()
-    spawn(train_once, 2, run)
-    return time.monotonic() - began
 
 
 @pytest.mark.parametrize(
     ("background", "kills"),
-    [(True, 3), pytest.param(False, 10, marks=pytest.mark.full), pytest.param(True, 10, marks=pytest.mark.full)],
+    [(True, 2), pytest.param(False, 10, marks=pytest.mark.full), pytest.param(True, 10, marks=pytest.mark.full)],
 )
 def test_a_run_killed_at_any_moment_ends_the_same(background: bool, kills: int, tmp_path: Path) -> None:
-    longest = time_of(run_with(tmp_path / "whole", TP2, save_interval=1))
-    run = run_with(tmp_path / "killed", TP2, save_interval=1, async_save=background)
-    assert kill_until_done(run, random.Random(kills), kills, 0.8 * longest) > 0
-    same_end(tmp_path / "whole", tmp_path / "killed")
+    steps = 3 * kills
+    spawn(train_once, 2, run_with(tmp_path / "whole", TP2, steps, save_interval=None))
+    run = run_with(tmp_path / "killed", TP2, steps, save_interval=1, async_save=background)
+    kill_then_end(run, random.Random(kills), kills)
+    same_end(tmp_path / "whole", tmp_path / "killed", steps)
 
 
 @pytest.mark.full
 def test_a_killed_run_goes_on_in_other_layouts(tmp_path: Path) -> None:
     draw = random.Random(1)
-    without_dropout = recipe("decoder-tiny").decoder
-    for degrees in (TP2, PP2, INTERLEAVED, {}):
-        run = run_with(tmp_path / "killed", degrees, save_interval=1).replace(decoder=without_dropout)
-        kill_until_done(run.replace(train=run.train.replace(train_iters=STEPS)), draw, 1, 2.0)
-    spawn(load_end, 1, run_with(tmp_path / "killed").replace(decoder=without_dropout), tmp_path / "killed")
+    losses = []
+    for folder, kills in (("whole", 0), ("killed", 2)):
+        for number, degrees in enumerate((TP2, PP2, INTERLEAVED, {})):
+            run = run_with(tmp_path / folder, degrees if kills else TP2, 6 * (number + 1), save_interval=1)
+            kill_then_end(run.replace(decoder=recipe("decoder-tiny").decoder), draw, kills)
+        run = run_with(tmp_path / folder, {}).replace(decoder=recipe("decoder-tiny").decoder)
+        losses += spawn(loss_at_end, 1, run, 24)
+    assert_losses_close(losses[1], losses[0])
 
 
-def load_end(run: RunConfig, folder: Path) -> None:
+def loss_at_end(run: RunConfig, steps: int) -> float:
+    """Of the step behind the last one."""
     process_groups.join()
-    assert CheckpointManager(folder).load_latest(start(run).state) == STEPS
+    live = start(run)
+    assert CheckpointManager(run.checkpoint.save_to or "").load_latest(live.state) == steps
+    return live.step(steps)
