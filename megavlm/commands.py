@@ -9,6 +9,7 @@ from contextlib import contextmanager
 
 import torch
 
+from megavlm.build.data_check import check_data
 from megavlm.build.from_folder import run_from_folder
 from megavlm.build.model import build_model
 from megavlm.build.run_config import PrecisionConfig, RunConfig, check_degrees, check_for_world
@@ -27,7 +28,7 @@ from megavlm.model.towers.eva_config import eva_tower
 from megavlm.options import parse_options, take_options
 from megavlm.parallel import groups as process_groups
 from megavlm.parallel.agree import agreed
-from megavlm.recipes import RECIPES, recipe
+from megavlm.recipes import listing, recipe
 from megavlm.train.loop import train as run_training
 
 logger = get_logger(__name__)
@@ -44,9 +45,7 @@ def recipes(arguments: list[str]) -> int:
         name, *options = arguments
         print(parse_options(recipe(name), options, prog=f"megavlm recipes {name}").to_yaml(), end="")
         return 0
-    width = max(map(len, RECIPES))
-    for name, function in RECIPES.items():
-        print(f"{name:<{width}}  {(function.__doc__ or '').strip().splitlines()[0]}")
+    print(listing())
     return 0
 
 
@@ -61,6 +60,7 @@ def train(arguments: list[str]) -> int:
         with agreed():
             run = parse_options(recipe(name), options, prog=f"megavlm train {name}")
             check_for_world(run, world_size)
+            check_data(run)
             _refuse_existing("--export-hf", run.weights.export_hf)
         logger.info("%s", run.to_yaml())
         groups = process_groups.start(run.parallel, run.train.seed)

@@ -23,12 +23,28 @@ def build_words(run: RunConfig) -> SampleFormat:
     if folder is None:
         raise ConfigError("data.tokenizer", None, "is missing", "name a folder with a tokenizer, or use --load-hf")
     tokenizer = Tokenizer(folder)
+    _check_tags(run, tokenizer)
     if run.aquila_vl is not None:
         return SplicedFormat(tokenizer, run.data.chat, run.aquila_vl.grid, run.aquila_vl.placeholders)
     if run.infimm is not None:
         values = 3 * run.infimm.tower.patch_size**2
         return AttendedFormat(tokenizer, run.data.chat, run.infimm.image_token_id, values)
     return AttendedFormat(tokenizer, run.data.chat, -1, 0)
+
+
+def _check_tags(run: RunConfig, tokenizer: Tokenizer) -> None:
+    """Refuse a tokenizer that writes tags with other tokens than the model reads."""
+    for section, name, tag in (
+        ("infimm", "image_token_id", "<image>"),
+        ("aquila_vl", "image_token_id", "<image>"),
+        ("aquila_vl", "video_token_id", "<video>"),
+    ):
+        model, found = getattr(run, section), tokenizer.token_of(tag)
+        if model is None or getattr(model, name) == found:
+            continue
+        problem = f"the tokenizer in {tokenizer.folder} has {'no token' if found is None else found} for {tag}"
+        remedy = "take the model's own" if found is None else f"take the model's own, or set {section}.{name}={found}"
+        raise ConfigError(f"{section}.{name}", getattr(model, name), problem, remedy)
 
 
 def build_loader(run: RunConfig, model: Model, groups: Groups) -> Loader:

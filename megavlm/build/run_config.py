@@ -6,34 +6,53 @@ from dataclasses import dataclass, field
 
 from megavlm.checkpoint.manager import CheckpointConfig
 from megavlm.config import Config, require
+from megavlm.data.chat import ChatConfig
+from megavlm.data.order import OverLong, SourceConfig, StreamConfig
+from megavlm.data.packing import PackLimits
 from megavlm.data.step_plan import DataConfig
 from megavlm.errors import LayoutError
 from megavlm.model.aquila_vl.config import AquilaVLConfig
 from megavlm.model.backend import Implementation
+from megavlm.model.cross_attention import CrossAttentionConfig
 from megavlm.model.decoder.config import DecoderConfig
 from megavlm.model.freeze import PARTS_OF_AQUILA_VL, PARTS_OF_INFIMM, Part
 from megavlm.model.infimm.config import InfiMMConfig
 from megavlm.model.precision import PrecisionConfig
+from megavlm.model.resampler import ResamplerConfig
+from megavlm.model.towers.eva_config import EvaConfig, eva_tower
+from megavlm.model.towers.siglip_config import SIGLIP_SO400M, SiglipConfig
 from megavlm.parallel.layout import ParallelConfig, check_layout, nearest_degrees
 from megavlm.parallel.recompute import RecomputeConfig
 from megavlm.parallel.wrap import DataParallelConfig, OptimizerConfig
 
 __all__ = [
+    "SIGLIP_SO400M",
     "AquilaVLConfig",
+    "ChatConfig",
     "CheckpointConfig",
+    "CrossAttentionConfig",
     "DataConfig",
     "DataParallelConfig",
     "DecoderConfig",
+    "EvaConfig",
     "InfiMMConfig",
     "OptimizerConfig",
+    "OverLong",
+    "PackLimits",
     "ParallelConfig",
+    "Part",
     "PrecisionConfig",
     "RecomputeConfig",
+    "ResamplerConfig",
     "RunConfig",
+    "SiglipConfig",
+    "SourceConfig",
+    "StreamConfig",
     "TrainConfig",
     "WeightsConfig",
     "check_degrees",
     "check_for_world",
+    "eva_tower",
 ]
 
 
@@ -158,6 +177,13 @@ class RunConfig(Config):
             "trainable",
             "has the tower, which then cannot be encoded ahead by all stages",
             "use parallel.vision_over first_stage, or freeze the tower",
+        )
+        require(
+            self.optimizer.tower_lr is None or "tower" in self.trainable,
+            self,
+            "optimizer.tower_lr",
+            "is for a trained vision tower, and this run's is frozen",
+            "leave --tower-lr out, or name tower among --trainable",
         )
         parts = PARTS_OF_INFIMM if self.infimm else PARTS_OF_AQUILA_VL if self.aquila_vl else ("decoder",)
         require(

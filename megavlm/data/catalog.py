@@ -109,7 +109,7 @@ INFIMM_MULTITASK = _infimm(
 INFIMM_CARD = _infimm(
     "InfiMM model card", "multitask", [("ScienceQA-image", NOT_PUBLISHED, "general VQA", "vqa")]
 )  # fmt: skip
-INFIMM_INSTRUCT = _infimm("InfiMM section IFT", "instruct", [("LLaVA-665k", "665k", "conversations", "llava")])
+INFIMM_INSTRUCT = _infimm("InfiMM section IFT", "finetune", [("LLaVA-665k", "665k", "conversations", "llava")])
 
 
 def _part(stage: str, name: str, size: str, kind: str) -> CatalogEntry:
@@ -168,7 +168,7 @@ CATALOG: tuple[CatalogEntry, ...] = (
 )
 
 STAGES: dict[str, tuple[str, ...]] = {
-    "infimm": ("pretrain", "multitask", "instruct"),
+    "infimm": ("pretrain", "multitask", "finetune"),
     "aquila-vl": ("1", "2a", "2b", "2c", "3", "4"),
 }
 """The stages of each family's recipes; Aquila-VL's 2a, 2b and 2c are thirds of Infinity-MM's stage 2."""

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import Any, Literal
 
 import torch
@@ -10,11 +12,19 @@ from megatron.core.distributed import (
     DistributedDataParallel,
     DistributedDataParallelConfig,
 )
-from megatron.core.optimizer import MegatronOptimizer, get_megatron_optimizer
+from megatron.core.optimizer import (
+    MegatronOptimizer,
+    ParamKey,
+    ParamWithNamePredicate,
+    get_megatron_optimizer,
+    get_standard_config_overrides,
+)
 from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
+from megatron.core.optimizer_param_scheduler import ParamGroupOverride
 from megatron.core.transformer.module import MegatronModule
 
 from megavlm.config import Config, option, require
+from megavlm.model.freeze import part_of
 from megavlm.parallel.vision_parallel import finalize_with_vision
 
 
@@ -60,6 +70,10 @@ class OptimizerConfig(Config):
     """How the learning rate goes down after the warm-up."""
     lr_warmup_iters: int = 0
     """Steps over which the learning rate rises from 0."""
+    lr_warmup_fraction: float | None = None
+    """The same as a fraction of all steps, rounded up; none: lr_warmup_iters says it."""
+    tower_lr: float | None = None
+    """Peak learning rate of a trained vision tower, with its lowest in the same proportion; none: that of the rest."""
     weight_decay: float = 0.1
     """Decoupled weight decay; never on biases and norms."""
     adam_beta1: float = 0.9
@@ -75,11 +89,37 @@ class OptimizerConfig(Config):
         require(self.lr > 0, self, "lr", "must be positive", "use for example 1e-4")
         require(0 <= self.min_lr <= self.lr, self, "min_lr", f"is outside [0, {self.lr}]", "use at most lr")
         require(self.lr_warmup_iters >= 0, self, "lr_warmup_iters", "must not be negative", "use 0 for none")
+        self._check_warmup_fraction()
+        positive = self.tower_lr is None or self.tower_lr > 0
+        require(positive, self, "tower_lr", "must be positive", "use for example 2e-6, or freeze the tower")
         require(self.weight_decay >= 0, self, "weight_decay", "must not be negative", "use 0 for none")
         require(self.clip_grad >= 0, self, "clip_grad", "must not be negative", "use 0 for none")
         for name in ("adam_beta1", "adam_beta2"):
             require(0 <= getattr(self, name) < 1, self, name, "is outside [0, 1)", "use for example 0.9")
         require(self.adam_eps > 0, self, "adam_eps", "must be positive", "use for example 1e-8")
+
+    def _check_warmup_fraction(self) -> None:
+        if self.lr_warmup_fraction is None:
+            return
+        name = "lr_warmup_fraction"
+        require(0 <= self.lr_warmup_fraction < 1, self, name, "is outside [0, 1)", "use for example 0.03")
+        problem = f"stands beside lr_warmup_iters ({self.lr_warmup_iters})"
+        require(self.lr_warmup_iters == 0, self, name, problem, "use none, or set lr_warmup_iters to 0")
+
+    def warmup_steps(self, train_iters: int) -> int:
+        """Steps of the warm-up of a run of so many."""
+        if self.lr_warmup_fraction is None:
+            return self.lr_warmup_iters
+        # As a decimal: 0.03 of 100 steps is 3, and no float's 3.0000000000000004 makes it 4.
+        return math.ceil(Fraction(str(self.lr_warmup_fraction)) * train_iters)
+
+
+def _is_in_tower(parameter: torch.nn.Parameter, name: str) -> bool:
+    """Whether it is the vision tower's, by its name in a wrapped chunk."""
+    return part_of(name.removeprefix("module.")) == "tower"
+
+
+_IN_TOWER = ParamWithNamePredicate(name="tower", fn=_is_in_tower)
 
 
 def wrap_data_parallel(chunks: list[MegatronModule], config: DataParallelConfig) -> list[DistributedDataParallel]:
@@ -146,7 +186,12 @@ def make_optimizer(
         use_distributed_optimizer=data_parallel.use_distributed_optimizer,
         overlap_param_gather=data_parallel.overlap_param_gather,
     )
-    optimizer = get_megatron_optimizer(megatron_config, chunks, use_gloo_process_groups=False)
+    overrides = get_standard_config_overrides(megatron_config)
+    if config.tower_lr is not None:
+        overrides[ParamKey(with_name_predicate=_IN_TOWER)] = ParamGroupOverride(
+            max_lr=config.tower_lr, min_lr=config.min_lr * config.tower_lr / config.lr
+        )
+    optimizer = get_megatron_optimizer(megatron_config, chunks, overrides, use_gloo_process_groups=False)
     for group in optimizer.param_groups:
         # Only torch's AdamW has this switch, off where it is not asked for: a loop of single operations then takes six
         # times as long on a CPU. Transformer Engine's and apex's AdamW are fused anyway.

@@ -15,15 +15,16 @@ def build_optimizer(
 ) -> tuple[MegatronOptimizer, OptimizerParamScheduler]:
     """AdamW over the trainable parameters, and megatron-core's scheduler, which counts in steps here."""
     settings = run.optimizer
+    warmup = settings.warmup_steps(run.train.train_iters)
     optimizer = make_optimizer(chunks, settings, run.data_parallel, run.precision.dtype)
     scheduler = OptimizerParamScheduler(
         optimizer,
         init_lr=0.0,
         max_lr=settings.lr,
         min_lr=settings.min_lr,
-        lr_warmup_steps=settings.lr_warmup_iters,
+        lr_warmup_steps=warmup,
         # A run shorter than its warm-up (a quick trial) just warms up.
-        lr_decay_steps=max(run.train.train_iters, settings.lr_warmup_iters + 1),
+        lr_decay_steps=max(run.train.train_iters, warmup + 1),
         lr_decay_style=settings.lr_decay_style,
         start_wd=settings.weight_decay,
         end_wd=settings.weight_decay,

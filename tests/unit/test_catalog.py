@@ -57,7 +57,7 @@ def names(stage: str) -> list[str]:
 def test_stages_name_their_data_sets() -> None:
     assert names("infimm-llama2-13b/pretrain") == ["OBELICS", "MMC4", "LAION", "COYO", "LAION-COCO", "PMD"]
     assert "PMD" not in names("infimm-zephyr-7b/pretrain")
-    assert names("infimm-zephyr-7b/instruct") == ["LLaVA-665k"]
+    assert names("infimm-zephyr-7b/finetune") == ["LLaVA-665k"]
     assert "ScienceQA-image" in names("infimm/multitask")
     assert names("aquila-vl-2b/2a") == names("aquila-vl-2b/2c")
     assert len(names("aquila-vl-2b/2a")) == 5

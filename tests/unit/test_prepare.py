@@ -244,7 +244,7 @@ def test_the_commands_prepare_index_and_look_up(
     assert main(["data", "index", "data/llava-665k", "--workers", "1"]) == 0
     assert content(tmp_path / "data").keys() == before.keys()
     capsys.readouterr()
-    assert main(["data", "catalog", "infimm/instruct", "--data", "data"]) == 0
+    assert main(["data", "catalog", "infimm/finetune", "--data", "data"]) == 0
     assert "differs in count" in capsys.readouterr().out
     assert main(["data", "prepaer"]) == 2
     assert "did you mean `megavlm data prepare`?" in capsys.readouterr().err
