@@ -35,6 +35,8 @@ def train_step(
     inputs: InputFunction | None = None,
 ) -> StepResult:
     """Forward, backward and update over this data-parallel rank's microbatches."""
+    # megatron-core's plain float32 optimizer leaves `main_grad` itself as `grad`, onto which backward would add.
+    optimizer.zero_grad()
     loss, tokens = forward_backward(chunks, batches, groups, inputs)
     applied, grad_norm, _ = optimizer.step()
     return StepResult(loss, tokens, float(grad_norm or 0.0), bool(applied))

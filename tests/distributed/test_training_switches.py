@@ -82,13 +82,15 @@ def compare_recompute(parallel: ParallelConfig, dropout: float) -> None:
                 assert torch.equal(again[name], gradient), message
 
 
-def losses(run: RunConfig) -> list[float]:
+def steps_of(run: RunConfig) -> list[tuple[float, float]]:
+    """(loss, norm of the gradient) of each step."""
     groups = process_groups.start(run.parallel)
     chunks = wrap_data_parallel(list(build_model(run, groups).chunks), run.data_parallel)
     optimizer, scheduler = build_optimizer(chunks, run)
     found = []
     for step in range(10):
-        found.append(train_step(chunks, optimizer, batches_of(run, step, groups), groups).loss)
+        result = train_step(chunks, optimizer, batches_of(run, step, groups), groups)
+        found.append((result.loss, result.grad_norm))
         scheduler.step(increment=1)
     process_groups.stop()
     return found
@@ -96,21 +98,23 @@ def losses(run: RunConfig) -> list[float]:
 
 def compare_data_parallel() -> None:
     process_groups.join()
-    plain = losses(small_run(data_parallel=DataParallelConfig(use_distributed_optimizer=False)))
-    assert plain[-1] < plain[0]
+    plain = steps_of(small_run(data_parallel=DataParallelConfig(use_distributed_optimizer=False)))
+    assert plain[-1][0] < plain[0][0]
     overlapped = DataParallelConfig(overlap_grad_reduce=True, overlap_param_gather=True)
     for what, data_parallel in {"distributed optimizer": DataParallelConfig(), "overlap": overlapped}.items():
-        other = losses(small_run(data_parallel=data_parallel))
-        for step, (mine, theirs) in enumerate(zip(other, plain, strict=True)):
-            assert abs(mine - theirs) <= 1e-6 * abs(theirs), f"{what}, step {step}: {mine} against {theirs}"
+        other = steps_of(small_run(data_parallel=data_parallel))
+        for step, pair in enumerate(zip(other, plain, strict=True)):
+            # The norm too: Adam hides a gradient that is a multiple of what it should be.
+            for mine, theirs in zip(*pair, strict=True):
+                assert abs(mine - theirs) <= 1e-5 * abs(theirs), f"{what}, step {step}: {mine} against {theirs}"
 
 
 def compare_bf16() -> None:
     process_groups.join()
-    exact = losses(small_run(parallel=TP2_SEQUENCE_PARALLEL))
+    exact = steps_of(small_run(parallel=TP2_SEQUENCE_PARALLEL))
     run = small_run(parallel=TP2_SEQUENCE_PARALLEL, precision=PrecisionConfig(params_dtype="bfloat16"))
-    rounded = losses(run)
-    for mine, theirs in zip(rounded, exact, strict=True):
+    rounded = steps_of(run)
+    for (mine, _), (theirs, _) in zip(rounded, exact, strict=True):
         assert_losses_close(mine, theirs, tolerance=2e-2)
     groups = process_groups.start(run.parallel)
     chunks = wrap_data_parallel(list(build_model(run, groups).chunks), run.data_parallel)
