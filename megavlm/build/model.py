@@ -21,6 +21,7 @@ from megavlm.model.decoder.model import Decoder
 from megavlm.model.freeze import freeze_all_but
 from megavlm.model.infimm.model import InfiMM
 from megavlm.model.precision import check_fp8, precision_fields
+from megavlm.model.state_map import StateMap
 from megavlm.parallel.agree import agreed
 from megavlm.parallel.groups import Groups
 from megavlm.parallel.layout import AUTO, layers_of_chunks, layout_fields
@@ -56,13 +57,20 @@ def build_model(run: RunConfig, groups: Groups) -> Model:
         check_recompute(run.recompute, capability is not None, engine)
         run = with_layout(run)
         check_recompute_units(run.recompute, layers_of_chunks(run.parallel, run.decoder.num_layers))
-    chunks = build_chunks(
-        chunk_builder(run, provider), run.decoder, _transformer_fields(run, engine), run.parallel, groups
-    )
-    freeze_all_but(chunks, run.trainable)
-    tower = frozen_tower(run, groups)
-    model = Model(chunks, tower, media_inputs(run, chunks, tower, groups))
-    _fill(model, run, groups)
+    with contextlib.ExitStack() as files:
+        with agreed():
+            # Before memory is taken for what config.json says, it has to be what the files hold.
+            source, state_map = _checked_weights(run, files)
+        fields = _transformer_fields(run, engine)
+        chunks = build_chunks(chunk_builder(run, provider), run.decoder, fields, run.parallel, groups)
+        freeze_all_but(chunks, run.trainable)
+        tower = frozen_tower(run, groups)
+        model = Model(chunks, tower, media_inputs(run, chunks, tower, groups))
+        with agreed():
+            load_weights(model.parts(), source, state_map, groups.tensor_rank, groups.collection.tp.size())
+    for chunk in chunks:
+        if isinstance(chunk, InfiMM):
+            chunk.take_new_rows()
     return model
 
 
@@ -85,21 +93,18 @@ def _transformer_fields(run: RunConfig, engine: bool) -> dict[str, Any]:
     }
 
 
-def _fill(model: Model, run: RunConfig, groups: Groups) -> None:
+def _checked_weights(run: RunConfig, files: contextlib.ExitStack) -> tuple[WeightSource, StateMap]:
+    """The run's weights, all there and in the model's shapes, and their table; the folder stays open with `files`."""
     state_map = state_map_of(run)
-    with contextlib.ExitStack() as files, agreed():
-        source: WeightSource
-        if run.weights.load_hf is None:
-            source = FreshWeights(state_map, run.train.seed, run.decoder.init_method_std)
-        else:
-            folder = files.enter_context(HFFolder.open(run.weights.load_hf))
-            state_map = state_map_of(run, _check_config(folder, run).spelling)
-            source = AliasedWeights(folder, state_map.aliases, run.weights.load_hf)
-        check_folder(source, state_map, run.weights.load_hf or "fresh weights")
-        load_weights(model.parts(), source, state_map, groups.tensor_rank, groups.collection.tp.size())
-    for chunk in model.chunks:
-        if isinstance(chunk, InfiMM):
-            chunk.take_new_rows()
+    source: WeightSource
+    if run.weights.load_hf is None:
+        source = FreshWeights(state_map, run.train.seed, run.decoder.init_method_std)
+    else:
+        folder = files.enter_context(HFFolder.open(run.weights.load_hf))
+        state_map = state_map_of(run, _check_config(folder, run).spelling)
+        source = AliasedWeights(folder, state_map.aliases, run.weights.load_hf)
+    check_folder(source, state_map, run.weights.load_hf or "fresh weights")
+    return source, state_map
 
 
 def _check_config(folder: HFFolder, run: RunConfig) -> FolderModel:

@@ -37,9 +37,9 @@ class Tokenizer:
             self._tokenizer: Any = AutoTokenizer.from_pretrained(
                 str(folder), local_files_only=True, trust_remote_code=False
             )
-        except (OSError, ValueError, TypeError, KeyError) as error:
+        except Exception as error:  # the tokenizers library raises plain Exceptions, and config.json is read along
             raise WeightsError(
-                where, str(folder), f"cannot be read: {_first_line(error)}", "copy its files again"
+                where, str(folder), f"cannot be read: {_in_one_line(error)}", "copy its files again"
             ) from error
         self._tokenizer.add_tokens([word for word in added_tokens if self.token_of(word) is None], special_tokens=True)
         self.folder = folder
@@ -77,11 +77,14 @@ class Tokenizer:
             raise DataError(
                 "--chat", str(self.folder), "the folder has no chat format", "leave out --chat, or add a chat_template"
             )
-        text: str = self._tokenizer.apply_chat_template(
-            [{"role": "user", "content": self._content(question) if in_parts else question}],
-            tokenize=False,
-            add_generation_prompt=True,
-        )
+        content = self._content(question) if in_parts else question
+        try:
+            text: str = self._tokenizer.apply_chat_template(
+                [{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True
+            )
+        except Exception as error:  # it is a program of the folder's, in a sandbox
+            problem = f"the folder's chat format fails: {_in_one_line(error)}"
+            raise DataError("--chat", str(self.folder), problem, "leave out --chat, or mend chat_template") from error
         # Formats that write the beginning themselves must not get a second one.
         bos = self._tokenizer.bos_token
         return self.encode(text.removeprefix(bos) if bos else text)
@@ -116,5 +119,5 @@ class Tokenizer:
         return None if found is None else int(found)
 
 
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+def _in_one_line(error: Exception) -> str:
+    return " ".join(str(error).split()) or type(error).__name__

@@ -140,6 +140,32 @@ def test_mistakes_end_in_one_line(
     assert expected in line
 
 
+def test_what_transformers_refuses_in_config_json_ends_in_one_line(
+    exported: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It reads the file along with the tokenizer, and complains in several lines of its own."""
+    for file in exported.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    config = json.loads((exported / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "vision_config": "siglip"}))
+    assert main(["generate", "--hf", str(tmp_path), "--prompt", "a"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("megavlm: error: ") and "vision_config" in line
+
+
+@pytest.mark.parametrize("section, key", [("text_config", "vocab_size"), ("vision_config", "intermediate_size")])
+def test_no_memory_is_taken_for_sizes_that_the_weights_lack(
+    section: str, key: str, exported: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for file in exported.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    config = json.loads((exported / "config.json").read_text())
+    config[section][key] = 10**12
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert main(["export-hf", "--hf", str(tmp_path), "--out", str(tmp_path / "out")]) == 2
+    assert "the model needs the shape (1000000000000, 3" in capsys.readouterr().err
+
+
 @pytest.fixture(autouse=True)
 def _leave() -> Any:
     yield

@@ -138,6 +138,10 @@ def test_mistakes_end_in_one_line(folder: Path, images: list[str], tmp_path: Pat
         assert all(word in err for word in words), f"{words} in {err}"
 
 
+def edit_json(file: Path, **changes: object) -> None:
+    file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
+
+
 @pytest.mark.parametrize(
     "spoil, options, expected",
     [
@@ -161,8 +165,31 @@ def test_mistakes_end_in_one_line(folder: Path, images: list[str], tmp_path: Pat
             ["--chat"],
             ["--chat = ", "no chat format", "leave out --chat"],
         ),
+        (
+            lambda folder: edit_json(folder / "tokenizer.json", model={}),
+            [],
+            ["tokenizer of", "cannot be read", "copy its files again"],
+        ),
+        (
+            lambda folder: (folder / "tokenizer_config.json").write_text("[]"),
+            [],
+            ["tokenizer of", "cannot be read", "copy its files again"],
+        ),
+        (
+            lambda folder: edit_json(folder / "tokenizer_config.json", chat_template="{{ raise_exception('no turns') }}"),
+            ["--chat"],
+            ["--chat = ", "chat format fails: no turns", "mend chat_template"],
+        ),
     ],
-    ids=["no tokenizer", "damaged tokenizer", "another tag", "no chat format"],
+    ids=[
+        "no tokenizer",
+        "damaged tokenizer",
+        "another tag",
+        "no chat format",
+        "a tokenizer of no kind",
+        "a list of settings",
+        "a chat format that fails",
+    ],
 )
 def test_a_folder_with_a_wrong_tokenizer(
     folder: Path, tmp_path: Path, spoil: Callable[[Path], object], options: list[str], expected: list[str]
