@@ -99,9 +99,9 @@ def image_size(source: bytes | Path, where: str = "image", limits: ImageLimits =
         if image.format == "TIFF":  # PIL tells its upright size
             return width, height
         exif_of = None
-        if image.format == "PNG" and not _has_metadata_behind_pixels(image.fp):
+        if image.format == "PNG" and not has_metadata_behind_pixels(image.fp):
             exif_of = Image.Image.getexif  # PNG's own decodes the pixels to look behind them
-        return (height, width) if _orientation(image, exif_of) in _SWAPS_SIDES else (width, height)
+        return (height, width) if orientation(image, exif_of) in _SWAPS_SIDES else (width, height)
 
 
 def open_image(path: str | Path, limits: ImageLimits = DEFAULT_LIMITS) -> Image.Image:
@@ -114,13 +114,22 @@ def open_image(path: str | Path, limits: ImageLimits = DEFAULT_LIMITS) -> Image.
 def upright(image: Image.Image) -> Image.Image:
     """The decoded picture, turned as its orientation says."""
     image.load()
-    turn = _TURNS.get(_orientation(image))
+    turn = _TURNS.get(orientation(image))
     return image if turn is None else image.transpose(turn)
 
 
 def rgb_pixels(image: Image.Image) -> Pixels:
     """A decoded picture's uint8 [height, width, 3]."""
     return np.array(image if image.mode == "RGB" else image.convert("RGB"))
+
+
+def orientation(image: Image.Image, exif_of: Callable[[Any], Image.Exif] | None = None) -> int:
+    """The EXIF number from 1 to 8; 1, upright, where there is none or it cannot be read."""
+    try:
+        number = (exif_of or type(image).getexif)(image).get(_ORIENTATION, 1)
+    except Exception:  # hostile metadata make PIL raise nearly anything
+        return 1
+    return number if isinstance(number, int) else 1
 
 
 @contextmanager
@@ -193,16 +202,7 @@ def _too_many_pixels(where: str, name: str, limits: ImageLimits) -> DataError:
     return DataError(where, name, f"has more than {limits.most_pixels} pixels", "scale it down")
 
 
-def _orientation(image: Image.Image, exif_of: Callable[[Any], Image.Exif] | None = None) -> int:
-    """The EXIF number from 1 to 8; 1, upright, where there is none or it cannot be read."""
-    try:
-        number = (exif_of or type(image).getexif)(image).get(_ORIENTATION, 1)
-    except Exception:  # hostile metadata make PIL raise nearly anything
-        return 1
-    return number if isinstance(number, int) else 1
-
-
-def _has_metadata_behind_pixels(png: IO[bytes]) -> bool:
+def has_metadata_behind_pixels(png: IO[bytes]) -> bool:
     """Whether PIL would find some there; by the headers of the file's chunks."""
     has_pixels = False
     png.seek(8)
@@ -231,11 +231,12 @@ def center_square(image: Image.Image, size: int) -> Image.Image:
     The conversion comes last, as in the original preprocessing: a palette is resized without interpolation, and
     transparent pixels count less in their neighbourhood.
     """
-    width, height = image.size
-    if width <= height:
-        width, height = size, int(size * height / width)
-    else:
-        width, height = int(size * width / height), size
+    width, height = center_size(image.width, image.height, size)
     image = image.resize((width, height), Image.Resampling.BICUBIC)
     left, top = round((width - size) / 2), round((height - size) / 2)
     return image.crop((left, top, left + size, top + size)).convert("RGB")
+
+
+def center_size(width: int, height: int, size: int) -> tuple[int, int]:
+    """(width, height) of a picture whose shortest side is scaled to `size`, before the middle is cut out."""
+    return (size, int(size * height / width)) if width <= height else (int(size * width / height), size)

@@ -18,6 +18,7 @@ from megavlm_kernels import (
     sequence_assemble,
     tile_pack,
 )
+from megavlm_kernels.tiles.reference import tile_pack_reference
 
 Op = Callable[..., torch.Tensor]
 RESAMPLER: Op = resampler_attention
@@ -90,14 +91,19 @@ def test_an_index_beyond_the_last_row_counts_as_none_where_it_cannot_be_refused(
     assert uses == [[0, 5], [], [3]]
 
 
-def test_tiles_are_the_plain_formula() -> None:
-    images = torch.randint(0, 256, (600 + 36,), dtype=torch.uint8)
-    table = torch.tensor([[0, 10, 20, -3, 15], [0, 10, 20, 2, 3], [600, 3, 4, -1, -2], [600, 3, 4, 9, 0]])
-    mean, std, border = (0.1, 0.2, 0.3), (0.5, 0.6, 0.7), (9, 8, 7)
-    found = tile_pack(images, table, patch_size=3, patches_per_side=2, mean=mean, std=std, border=border)
-    assert torch.equal(found, plain_tiles(images, table, 3, 2, mean, std, border))
-    rounded = tile_pack(images, table, patch_size=3, patches_per_side=2, mean=mean, std=std, dtype=torch.bfloat16)
-    assert torch.equal(rounded, plain_tiles(images, table, 3, 2, mean, std, (0, 0, 0)).bfloat16())
+TILES = [[0, 10, 20, -3, 15], [0, 10, 20, 2, 3], [600, 3, 4, -1, -2], [600, 3, 4, 9, 0], [600, 3, 4, -90, -90]]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("pack", [tile_pack, tile_pack_reference], ids=["as the CPU does", "reference"])
+def test_tiles_are_the_plain_formula(pack: Op, dtype: torch.dtype) -> None:
+    images, table = torch.randint(0, 256, (600 + 36,), dtype=torch.uint8), torch.tensor(TILES)
+    mean, std, border = (0.1, 0.2, 0.3), (0.5, 0.6, 0.7), (9, 8.5, 7)
+    settings = {"patch_size": 3, "patches_per_side": 2, "mean": mean, "std": std, "border": border, "dtype": dtype}
+    found = pack(images, table, **settings)
+    assert torch.equal(found, plain_tiles(images, table, 3, 2, mean, std, border).to(dtype))
+    spread_images, spread_table = torch.stack([images, images + 1], 1)[:, 0], torch.stack([table, -table], 2)[..., 0]
+    assert torch.equal(pack(spread_images, spread_table, **settings), found)
 
 
 def test_gradcheck() -> None:

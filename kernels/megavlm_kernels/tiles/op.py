@@ -6,6 +6,7 @@ import torch
 
 from megavlm_kernels.checks import DTYPES, require, require_device
 from megavlm_kernels.dispatch import is_without_data, takes_triton
+from megavlm_kernels.tiles.host import tile_pack_host
 from megavlm_kernels.tiles.reference import CHANNELS, Triple, tile_pack_reference
 
 COLUMNS = ("first byte", "height", "width", "top", "left")
@@ -41,7 +42,9 @@ def tile_pack(
         return triton_kernel.forward(
             images.contiguous(), tiles.contiguous(), patch_size, patches_per_side, normal, dtype
         )
-    return tile_pack_reference(images, tiles, patch_size, patches_per_side, mean, std, border, dtype)
+    is_host = images.is_cpu and not is_without_data(tiles) and not is_without_data(images)
+    plain = tile_pack_host if is_host else tile_pack_reference
+    return plain(images, tiles, patch_size, patches_per_side, mean, std, border, dtype)
 
 
 def _check(
