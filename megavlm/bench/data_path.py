@@ -25,11 +25,12 @@ from transformers import LlavaOnevisionImageProcessorPil, PreTrainedTokenizerFas
 
 from megavlm.bench.harness import THREADS, Comparison, Pass, Side, timed
 from megavlm.data.chat import ChatConfig
+from megavlm.data.decode import DecodeConfig, PilDecoder
+from megavlm.data.decode_jobs import TILED
 from megavlm.data.formats import SplicedFormat
 from megavlm.data.loader import Loader, StepBatches
 from megavlm.data.order import SourceConfig, StreamConfig
 from megavlm.data.packing import PackLimits
-from megavlm.data.pil_decoder import PilDecoder
 from megavlm.data.sample import Picture, Sample, Turn
 from megavlm.data.shards import write_shards
 from megavlm.data.step_plan import DataConfig, open_sources
@@ -113,7 +114,7 @@ def _our_loader(root: Path, samples: Sequence[Sample], grid: GridConfig) -> Load
         config,
         words,
         open_sources(config, words),
-        PilDecoder(WORKERS),
+        PilDecoder(TILED, grid, DecodeConfig(threads=WORKERS)),
         lambda tiles: [tuple(range(len(of_row))) for of_row in tiles],
         seed=1,
         data_rank=0,

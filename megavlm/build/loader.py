@@ -6,14 +6,16 @@ import torch
 
 from megavlm.build.model import Model
 from megavlm.build.run_config import RunConfig
+from megavlm.data.decode import DecodeConfig, open_decoder
+from megavlm.data.decode_jobs import CLIP, TILED
 from megavlm.data.formats import AttendedFormat, SampleFormat, SplicedFormat
 from megavlm.data.loader import Loader
-from megavlm.data.pil_decoder import ClipSquare, PilDecoder
 from megavlm.data.step_plan import open_sources
 from megavlm.data.tokenizer import Tokenizer
 from megavlm.errors import ConfigError
 from megavlm.parallel.groups import Groups
 from megavlm.parallel.media_inputs import MediaInputs
+from megavlm.tiles import GridConfig
 
 
 def build_words(run: RunConfig) -> SampleFormat:
@@ -27,9 +29,18 @@ def build_words(run: RunConfig) -> SampleFormat:
     if run.aquila_vl is not None:
         return SplicedFormat(tokenizer, run.data.chat, run.aquila_vl.grid, run.aquila_vl.placeholders)
     if run.infimm is not None:
-        values = 3 * run.infimm.tower.patch_size**2
-        return AttendedFormat(tokenizer, run.data.chat, run.infimm.image_token_id, values)
-    return AttendedFormat(tokenizer, run.data.chat, -1, 0)
+        return AttendedFormat(tokenizer, run.data.chat, run.infimm.image_token_id, _grid(run))
+    return AttendedFormat(tokenizer, run.data.chat, -1, _grid(run))
+
+
+def _grid(run: RunConfig) -> GridConfig:
+    """How pictures are cut; a decoder alone sees none."""
+    if run.aquila_vl is not None:
+        return run.aquila_vl.grid
+    if run.infimm is None:
+        return GridConfig(tiling="single")
+    tower = run.infimm.tower
+    return GridConfig(tile_size=tower.image_size, patch_size=tower.patch_size, tiling="single")
 
 
 def _check_tags(run: RunConfig, tokenizer: Tokenizer) -> None:
@@ -51,21 +62,20 @@ def build_loader(run: RunConfig, model: Model, groups: Groups) -> Loader:
     """The loader of this rank."""
     assert run.data is not None
     words = build_words(run)
-    square = None
-    if run.infimm is not None:
-        square = ClipSquare(run.infimm.tower.image_size, run.infimm.tower.patch_size)
-    values = 3 * (run.aquila_vl.tower.patch_size if run.aquila_vl else square.patch_size if square else 0) ** 2
+    grid = _grid(run)
+    rule = TILED if run.infimm is None else CLIP
+    decoder = open_decoder(rule, grid, DecodeConfig(decoder=run.data.decoder, threads=run.data.threads))
     own = model.inputs.own_pictures if isinstance(model.inputs, MediaInputs) else no_pictures
     return Loader(
         run.data,
         words,
         open_sources(run.data, words),
-        PilDecoder(run.data.threads, square),
+        decoder,
         own,
         seed=run.train.seed,
         data_rank=groups.data_rank,
         data_size=groups.data_size,
-        empty=torch.empty(0, values),
+        empty=torch.empty(0, 3 * grid.patch_size**2),
     )
 
 

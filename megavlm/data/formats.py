@@ -46,12 +46,12 @@ class PlannedPicture:
 
     files: tuple[int, ...]
     """Places among the sample's files."""
-    plan: ImagePlan | None
-    """How it is cut; None where the family takes its middle square."""
+    plan: ImagePlan
+    """How it is cut; of InfiMM's, whose tower takes the middle square, one tile."""
 
     @property
     def tiles(self) -> int:
-        return 1 if self.plan is None else self.plan.tiles
+        return self.plan.tiles
 
 
 @dataclass(frozen=True)
@@ -193,7 +193,7 @@ class SplicedFormat(SampleFormat):
 
     def blank(self, pictures: tuple[PlannedPicture, ...], tokens: int) -> Document:
         image, video = self.placeholders
-        plans = [picture.plan for picture in pictures if picture.plan]
+        plans = [picture.plan for picture in pictures]
         runs = [np.full(plan.tokens, video if plan.kind == "video" else image) for plan in plans]
         return _blank(np.concatenate([*runs, np.zeros(0, np.int64)]), tokens, pictures)
 
@@ -202,7 +202,7 @@ class SplicedFormat(SampleFormat):
         return spliced_batch(row.tokens, row.targets, row.is_image, row.plans, patches, row.cu_seqlens, held)
 
     def _as_spliced(self, document: Document) -> SplicedSample:
-        plans = tuple(picture.plan for picture in document.pictures if picture.plan)
+        plans = tuple(picture.plan for picture in document.pictures)
         is_image = np.isin(document.tokens, self.placeholders)
         return SplicedSample(
             "", self.grid, document.tokens, document.targets, is_image, plans, tuple(range(len(plans)))
@@ -212,17 +212,22 @@ class SplicedFormat(SampleFormat):
 class AttendedFormat(SampleFormat):
     """InfiMM's: a picture costs the text its tag alone; and that of a decoder without eyes, which has no pictures."""
 
-    def __init__(self, tokenizer: Tokenizer, chat: ChatConfig, image_token_id: int, patch_values: int) -> None:
+    def __init__(self, tokenizer: Tokenizer, chat: ChatConfig, image_token_id: int, grid: GridConfig) -> None:
+        """`grid`: of single tiles, the tower's image."""
         super().__init__(tokenizer, chat)
-        self.image_token_id, self.patch_values = image_token_id, patch_values
+        assert grid.tiling == "single", grid
+        self.image_token_id, self.grid = image_token_id, grid
 
     def costs(self, pictures: Pictures) -> Cost:
         counts = np.diff(pictures.offsets)
         return Cost(np.zeros_like(counts), counts)
 
     def plan(self, pictures: Pictures, sample: int) -> tuple[PlannedPicture, ...]:
-        start = int(pictures.offsets[sample])
-        return tuple(PlannedPicture((files[0] - start,), None) for files in _files_of_pictures(pictures, sample))
+        start, found = int(pictures.offsets[sample]), []
+        for files in _files_of_pictures(pictures, sample):
+            width, height = int(pictures.width[files[0]]), int(pictures.height[files[0]])
+            found.append(PlannedPicture((files[0] - start,), plan_image(width, height, "image", self.grid)))
+        return tuple(found)
 
     def document(self, sample: Sample, pictures: Pictures, number: int, most_tokens: int) -> Document:
         encoded, planned = self.encode(sample), self.plan(pictures, number)

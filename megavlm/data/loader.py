@@ -11,13 +11,13 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
-from typing import Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from megavlm.batch import TextBatch
+from megavlm.data.decode import Decoder, EncodedPicture
 from megavlm.data.formats import Document, PlannedPicture, SampleFormat
 from megavlm.data.sample import Sample
 from megavlm.data.step_plan import DataConfig, Planner, Source, StepPlan
@@ -26,13 +26,6 @@ from megavlm.tiles import Ints
 
 OwnPictures = Callable[[Sequence[Sequence[int]]], list[tuple[int, ...]]]
 """(tiles of each picture of each row) -> the pictures of each row that this rank encodes."""
-
-
-class PictureDecoder(Protocol):
-    """From picture files to patch rows."""
-
-    def decode(self, pictures: Sequence[tuple[Sequence[bytes], PlannedPicture]]) -> tuple[list[Tensor], list[str]]:
-        """The patch rows of each picture, and what is wrong with it ("" for nothing; its rows are then blank)."""
 
 
 @dataclass(frozen=True)
@@ -80,7 +73,7 @@ class Loader:
         config: DataConfig,
         words: SampleFormat,
         sources: Sequence[Source],
-        decoder: PictureDecoder,
+        decoder: Decoder,
         own_pictures: OwnPictures,
         *,
         seed: int,
@@ -163,16 +156,22 @@ class Loader:
             for row, document, picture in wanted
         ]
         found = [read.result() for read in reads]
-        decoded, problems = self.decoder.decode(
-            [(files, picture) for (files, _), (_, _, picture) in zip(found, wanted, strict=True)]
+        decoded = self.decoder.decode_rows(
+            [
+                EncodedPicture(tuple(files), picture.plan, "picture")
+                for (files, _), (_, _, picture) in zip(found, wanted, strict=True)
+            ]
         )
+        of_pictures = decoded.patches.split([picture.plan.patch_rows for _, _, picture in wanted])
         of_rows: list[list[Tensor]] = [[self.empty] for _ in rows]
         damaged = []
-        for (row, document, _), patches, problem, (_, unread) in zip(wanted, decoded, problems, found, strict=True):
+        for (row, document, _), patches, problem, (_, unread) in zip(
+            wanted, of_pictures, decoded.problems, found, strict=True
+        ):
             of_rows[row].append(patches)
             if unread or problem:
                 name = self._name(plan, int(rows[row][document]))
-                damaged.append(Damage(row, document, name, unread or problem))
+                damaged.append(Damage(row, document, name, unread or str(problem)))
         return [torch.cat(patches) for patches in of_rows], damaged
 
     def _files(self, plan: StepPlan, sample: int, picture: PlannedPicture) -> tuple[list[bytes], str]:

@@ -37,8 +37,8 @@ class DataConfig(Config):
     """Folder of the tokenizer; none: that of the weights that the run starts from."""
     rows: PackLimits
     """How samples are packed into rows."""
-    decoder: Literal["auto", "pil", "dali"] = option("auto", name="--image-decoder")
-    """What decodes pictures: NVIDIA DALI where it is installed, or PIL."""
+    decoder: Literal["auto", "dali", "pil", "exact"] = option("auto", name="--image-decoder")
+    """What decodes pictures: NVIDIA DALI, PIL with torch's resize, PIL alone (exact), or DALI where it is installed."""
     threads: int = option(4, name="--num-workers")
     """Threads that read and decode for the steps to come."""
     ahead: int = option(2, name="--prefetch-steps")

@@ -12,11 +12,12 @@ from qwen_hf import write_tokenizer
 
 from megavlm.batch import SplicedMedia, TextBatch
 from megavlm.data.chat import ChatConfig
+from megavlm.data.decode import PilDecoder
+from megavlm.data.decode_jobs import TILED
 from megavlm.data.formats import SampleFormat, SplicedFormat
 from megavlm.data.loader import Loader, StepBatches
 from megavlm.data.order import SourceConfig, StreamConfig
 from megavlm.data.packing import PackLimits
-from megavlm.data.pil_decoder import PilDecoder
 from megavlm.data.shards import write_shards
 from megavlm.data.step_plan import DataConfig, open_sources
 from megavlm.data.token_counts import add_token_counts
@@ -69,7 +70,7 @@ def loader_of(root: Path, rank: int = 0, ranks: int = 1, own: Any = all_pictures
         config,
         words,
         open_sources(config, words),
-        PilDecoder(2),
+        PilDecoder(TILED, GRID),
         own,
         seed=5,
         data_rank=rank,
