@@ -22,6 +22,8 @@ LLAVA_NEXT = {"llava_qwen": "qwen2", "llava_llama": "llama", "llava_mistral": "m
 """LLaVA-NeXT's model types, and the decoder behind each."""
 
 _SO400M = "siglip-so400m-patch14-384"
+_MOST_PER_SIDE = 100
+"""Tiles: what says more is no model's config.json, and would take long to write out."""
 _TILING, _TOWER = "megavlm_tiling", "megavlm_vision_config"
 
 
@@ -68,7 +70,7 @@ def is_aquila_vl(hf: dict[str, Any]) -> bool:
 
 def is_llava_next(hf: dict[str, Any]) -> bool:
     """Whether a config.json is of LLaVA-NeXT's layout."""
-    return hf.get("model_type") in LLAVA_NEXT or "mm_projector_type" in hf
+    return str(hf.get("model_type")) in LLAVA_NEXT or "mm_projector_type" in hf
 
 
 def aquila_vl_from_hf(
@@ -183,7 +185,7 @@ def _grid(tower: SiglipConfig, **settings: Any) -> GridConfig:
 
 
 def _cap(aspect: Any, where: str) -> int:
-    found = re.fullmatch(r"anyres_max_(\d+)", str(aspect))
+    found = re.fullmatch(r"anyres_max_([0-9]{1,9})", str(aspect))
     if found is None:
         raise ConfigError(where, aspect, "is no tiling with a cap", "use for example anyres_max_9")
     return int(found.group(1))
@@ -191,25 +193,28 @@ def _cap(aspect: Any, where: str) -> int:
 
 def _expanded(pinpoints: Any, tile_size: int) -> Any:
     """LLaVA-NeXT may write the candidates as "(1x1),...,(6x6)"."""
-    found = re.fullmatch(r"\s*\(1x1\),\.\.\.,\((\d+)x(\d+)\)\s*", str(pinpoints))
+    found = re.fullmatch(r"\s*\(1x1\),\.\.\.,\(([0-9]{1,9})x([0-9]{1,9})\)\s*", str(pinpoints))
     if found is None:
         return pinpoints
-    columns, rows = int(found.group(1)), int(found.group(2))
+    columns, rows = (min(int(tiles), _MOST_PER_SIDE + 1) for tiles in found.groups())
     return [[i * tile_size, j * tile_size] for i in range(1, columns + 1) for j in range(1, rows + 1)]
 
 
 def _pairs(pinpoints: Any, where: str) -> set[tuple[int, int]]:
     try:
-        pairs = {(int(first), int(second)) for first, second in pinpoints}
+        pairs = {(first, second) for first, second in pinpoints}
     except (TypeError, ValueError):
-        raise ConfigError(where, pinpoints, "is no list of pairs", "take a complete config.json") from None
+        pairs = set()
+    if not pairs or any(type(side) is not int for pair in pairs for side in pair):
+        raise ConfigError(where, pinpoints, "is no list of pairs of pixels", "take a complete config.json")
     return pairs
 
 
 def _tiles_per_side(pairs: set[tuple[int, int]], tower: SiglipConfig, where: str) -> int:
     """The n of candidates that are all grids from (1x1) to (n x n) tiles: all that the tiling knows."""
-    side = max((first for first, _ in pairs), default=0) // tower.image_size
-    if side < 1 or pairs != set(_grid(tower, max_tiles_per_side=side, cap_tiles=max(side, 1)).resolutions):
+    side = max(first for first, _ in pairs) // tower.image_size
+    is_whole = 1 <= side <= _MOST_PER_SIDE and len(pairs) == side**2
+    if not is_whole or pairs != set(_grid(tower, max_tiles_per_side=side, cap_tiles=side).resolutions):
         raise ConfigError(
             f"{where}: image_grid_pinpoints",
             sorted(pairs),

@@ -130,7 +130,7 @@ class DecoderConfig(Config):
         if family == "qwen2" and not hf.get("use_sliding_window", False):
             values.pop("sliding_window", None)
         base = (hf.get("rope_parameters") or {}).get("rope_theta", hf.get("rope_theta", 10000))
-        if base != int(base):
+        if type(base) not in (int, float) or not 1 <= base < 2**63 or base != int(base):
             raise ConfigError(f"{where}: rope_theta", base, "only whole numbers are supported", "take a model with one")
         ends = hf.get("eos_token_id")
         values |= {
@@ -165,9 +165,10 @@ class DecoderConfig(Config):
 
 
 def _refuse_foreign_settings(hf: dict[str, Any], where: str) -> None:
+    for key in ("rope_parameters", "rope_scaling"):
+        if not isinstance(hf.get(key) or {}, dict):
+            raise ConfigError(f"{where}: {key}", hf[key], "is no mapping", "take an undamaged config.json")
     scaling = hf.get("rope_scaling") or hf.get("rope_parameters") or {}
-    if not isinstance(scaling, dict):
-        raise ConfigError(f"{where}: rope_parameters", scaling, "is no mapping", "take an undamaged config.json")
     kind = scaling.get("rope_type", scaling.get("type", "default"))
     only = {
         "hidden_act": (hf.get("hidden_act", "silu"), "silu"),
