@@ -22,12 +22,12 @@ from megavlm.data.step_plan import DataConfig, open_sources
 from megavlm.data.token_counts import add_token_counts
 from megavlm.data.tokenizer import Tokenizer
 from megavlm.data.toy_world.samples import toy_samples
-from megavlm.data.toy_world.world import ToyWorld
+from megavlm.data.toy_world.world import SampleKind, ToyWorld
 from megavlm.tiles import GridConfig
 
 GRID = GridConfig(tile_size=56, max_tiles_per_side=2, cap_tiles=3)
 STEP = 12
-SOURCES = {"chat": 40, "multi_image": 9, "text": 20}
+SOURCES: dict[SampleKind, int] = {"chat": 40, "multi_image": 9, "text": 20}
 
 
 @pytest.fixture(scope="module")
