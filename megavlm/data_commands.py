@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+import json
+import sys
 from collections.abc import Callable
 from typing import TypeVar
 
 from megavlm.config import Config, nearest
 from megavlm.data.catalog import check, entries_of, prepared_counts, table_of
 from megavlm.data.index_command import IndexConfig, index_folder
+from megavlm.data.inspection import InspectConfig, inspect_folder
+from megavlm.data.inspection import as_json as inspection_as_json
+from megavlm.data.inspection_png import write_png
+from megavlm.data.inspection_text import print_inspection
+from megavlm.data.lint import Bad, LintConfig, lint
 from megavlm.data.prepare import PrepareConfig, check_worth, prepare, summary
+from megavlm.data.preview import PreviewConfig
+from megavlm.data.preview_page import write_preview
 from megavlm.data.readers.registry import READERS
 from megavlm.errors import ConfigError
 from megavlm.options import parse_options, take_options
@@ -55,6 +64,38 @@ def data_index(arguments: list[str]) -> int:
     return 0
 
 
+def data_inspect(arguments: list[str]) -> int:
+    """`megavlm data inspect DIR`: counts, and how sizes, tokens and tiles are spread."""
+    folders, config = _folders(arguments, InspectConfig(), "inspect", "DIR")
+    found = inspect_folder(folders[0], config)
+    if config.png is not None:
+        write_png(found, config.png)
+    if config.json:
+        print(json.dumps(inspection_as_json(found), indent=1))
+    else:
+        print_inspection(found)
+    return 0
+
+
+def data_lint(arguments: list[str]) -> int:
+    """`megavlm data lint DIR`: every sample through the whole path; names each bad one, exit code 1 if there are."""
+    folders, config = _folders(arguments, LintConfig(), "lint", "DIR")
+
+    def say(bad: Bad) -> None:
+        print(json.dumps(bad._asdict()) if config.json else bad, flush=True)
+
+    report = lint(folders[0], config, say)
+    print(report, file=sys.stderr if config.json else sys.stdout)
+    return 1 if report.bad else 0
+
+
+def data_preview(arguments: list[str]) -> int:
+    """`megavlm data preview DIR... --html FILE`: packed rows as the loader makes them, as a page to look at."""
+    folders, config = _folders(arguments, PreviewConfig(), "preview", "DIR...")
+    print(write_preview(folders, config))
+    return 0
+
+
 def _folders(arguments: list[str], config: C, command: str, words: str) -> tuple[list[str], C]:
     """The folders, which come first, and what the options behind them say."""
     prog = f"megavlm data {command}"
@@ -83,5 +124,8 @@ def data_catalog(arguments: list[str]) -> int:
 COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "prepare": data_prepare,
     "index": data_index,
+    "inspect": data_inspect,
+    "lint": data_lint,
+    "preview": data_preview,
     "catalog": data_catalog,
 }
