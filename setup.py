@@ -10,5 +10,8 @@ setup(
     packages=find_packages(".", include=["megavlm", "megavlm.*"])
     + find_packages("kernels", include=["megavlm_kernels", "megavlm_kernels.*"]),
     package_dir={"megavlm": "megavlm", "megavlm_kernels": "kernels/megavlm_kernels"},
-    package_data={"megavlm": ["py.typed", "export/*_files/*.jinja"], "megavlm_kernels": ["py.typed"]},
+    package_data={
+        "megavlm": ["py.typed", "export/*_files/*.jinja", "data/preview_files/*"],
+        "megavlm_kernels": ["py.typed"],
+    },
 )

@@ -15,7 +15,7 @@ from megavlm.log import quiet_third_parties
 COMMANDS: dict[str, tuple[str, str]] = {
     "recipes": ("list the runs known by name, or print one fully resolved", "megavlm.commands:recipes"),
     "train": ("train a recipe, alone or under torchrun", "megavlm.commands:train"),
-    "data": ("prepare, index and look up data sets", "megavlm.data_commands:data"),
+    "data": ("prepare, index, check and look at data sets", "megavlm.data_commands:data"),
     "import-hf": ("a released folder, or a model's parts, as a folder to start from", "megavlm.commands:import_hf"),
     "export-hf": ("load a Hugging Face folder under a layout and write it again", "megavlm.commands:export_hf"),
     "verify-hf": ("prove a folder against recorded cases", "megavlm.commands:verify_hf"),

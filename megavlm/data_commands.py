@@ -2,20 +2,29 @@
 
 from __future__ import annotations
 
-import os
+import json
+import sys
 from collections.abc import Callable
+from typing import TypeVar
 
-from megavlm.config import nearest
+from megavlm.config import Config, nearest
 from megavlm.data.catalog import check, entries_of, prepared_counts, table_of
-from megavlm.data.index_build import build_index
+from megavlm.data.index_command import IndexConfig, index_folder
+from megavlm.data.inspection import InspectConfig, inspect_folder
+from megavlm.data.inspection import as_json as inspection_as_json
+from megavlm.data.inspection_png import write_png
+from megavlm.data.inspection_text import print_inspection
 from megavlm.data.ledger import check_ledger, order_of_ledger
+from megavlm.data.lint import Bad, LintConfig, lint
 from megavlm.data.prepare import PrepareConfig, check_worth, prepare, summary
-from megavlm.data.progress import Progress
+from megavlm.data.preview import PreviewConfig
+from megavlm.data.preview_page import write_preview
 from megavlm.data.readers.registry import READERS
 from megavlm.errors import ConfigError
 from megavlm.options import parse_options, take_options
 
 HELP = ("-h", "--help")
+C = TypeVar("C", bound=Config)
 
 
 def data(arguments: list[str]) -> int:
@@ -50,25 +59,54 @@ def data_prepare(arguments: list[str]) -> int:
 
 
 def data_index(arguments: list[str]) -> int:
-    """`megavlm data index DIR`: make the index of tar shards, ours or others', such as Energon's, anew."""
-    if not arguments or any(word in HELP for word in arguments):
-        print("usage: megavlm data index DIR [--into DIR] [--workers N]\n")
-        print("DIR is a folder or the URL of an object store; --into is the folder that takes the index of the latter.")
-        return 0
-    own, rest = take_options(arguments, [], ["--into", "--workers"])
-    if len(rest) != 1:
-        raise ConfigError("megavlm data index", rest, "takes one folder", "write megavlm data index DIR")
-    workers = own.get("--workers", str(len(os.sched_getaffinity(0))))
-    if not workers.isdecimal() or int(workers) < 1:
-        raise ConfigError("--workers", workers, "is no number of processes", "use 1 or more")
-    progress = Progress("indexing", 0, "samples")
-    processes = int(workers) if int(workers) > 1 else 0
-    report = build_index(
-        rest[0], own.get("--into"), workers=processes, on_progress=lambda _, done: progress.update(done)
-    )
-    progress.finish(report.samples)
-    print(summary(report, own.get("--into", rest[0])))
+    """`megavlm data index DIR`: make the index of tar shards, ours or others', anew, or count tokens beside it."""
+    folders, config = _folders(arguments, IndexConfig(), "index", "DIR")
+    print(index_folder(folders[0], config))
     return 0
+
+
+def data_inspect(arguments: list[str]) -> int:
+    """`megavlm data inspect DIR`: counts, and how sizes, tokens and tiles are spread."""
+    folders, config = _folders(arguments, InspectConfig(), "inspect", "DIR")
+    found = inspect_folder(folders[0], config)
+    if config.png is not None:
+        write_png(found, config.png)
+    if config.json:
+        print(json.dumps(inspection_as_json(found), indent=1))
+    else:
+        print_inspection(found)
+    return 0
+
+
+def data_lint(arguments: list[str]) -> int:
+    """`megavlm data lint DIR`: every sample through the whole path; names each bad one, exit code 1 if there are."""
+    folders, config = _folders(arguments, LintConfig(), "lint", "DIR")
+
+    def say(bad: Bad) -> None:
+        print(json.dumps(bad._asdict()) if config.json else bad, flush=True)
+
+    report = lint(folders[0], config, say)
+    print(report, file=sys.stderr if config.json else sys.stdout)
+    return 1 if report.bad else 0
+
+
+def data_preview(arguments: list[str]) -> int:
+    """`megavlm data preview DIR... --html FILE`: packed rows as the loader makes them, as a page to look at."""
+    folders, config = _folders(arguments, PreviewConfig(), "preview", "DIR...")
+    print(write_preview(folders, config))
+    return 0
+
+
+def _folders(arguments: list[str], config: C, command: str, words: str) -> tuple[list[str], C]:
+    """The folders, which come first, and what the options behind them say."""
+    prog = f"megavlm data {command}"
+    first_option = next((place for place, word in enumerate(arguments) if word.startswith("-")), len(arguments))
+    folders, options = arguments[:first_option], arguments[first_option:]
+    config = parse_options(config, options, prog=f"{prog} {words}")
+    if not folders or (len(folders) > 1 and not words.endswith("...")):
+        problem = "is missing" if not folders else "is not all: one folder at a time"
+        raise ConfigError(f"{prog}: DIR", " ".join(folders) or None, problem, f"write {prog} {words} [--options]")
+    return folders, config
 
 
 def data_catalog(arguments: list[str]) -> int:
@@ -106,6 +144,9 @@ def data_ledger(arguments: list[str]) -> int:
 COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "prepare": data_prepare,
     "index": data_index,
+    "inspect": data_inspect,
+    "lint": data_lint,
+    "preview": data_preview,
     "catalog": data_catalog,
     "ledger": data_ledger,
 }

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shlex
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -82,6 +83,13 @@ class Words:
         """What the token counts are called in an index."""
         return f"{self.chat.template}-{self.hash}"
 
+    @property
+    def options(self) -> str:
+        """How a command line says them, as far as they differ from what is taken anyway."""
+        said = [("tokenizer", str(self.tokenizer.folder))]
+        said += [(name, value) for name, value in self.chat.to_dict().items() if value != ChatConfig().to_dict()[name]]
+        return " ".join(f"--{name.replace('_', '-')} {_quoted(value)}" for name, value in said)
+
     def count(self, sample: Sample) -> tuple[int, int]:
         """(tokens, those that are trained) of a sample's words, each tag as one token."""
         encoded = self.encode(sample)
@@ -134,32 +142,7 @@ class SplicedFormat(SampleFormat):
         self.grid, self.placeholders, self.sampling = grid, placeholders, sampling or FrameSampling()
 
     def costs(self, pictures: Pictures) -> Cost:
-        samples = len(pictures.offsets) - 1
-        tokens, tiles = np.zeros(samples, np.int64), np.zeros(samples, np.int64)
-        for kind, rows, frames in self._by_kind(pictures):
-            if len(rows) == 0:
-                continue
-            sizes = pictures.width[rows], pictures.height[rows], kind, self.grid, frames
-            owner = _owners(pictures)[rows]
-            # A tag is counted with the words.
-            np.add.at(tokens, owner, token_counts(*sizes) - 1)
-            np.add.at(tiles, owner, tile_counts(*sizes))
-        return Cost(tokens, tiles)
-
-    def _by_kind(self, pictures: Pictures) -> list[tuple[MediaKind, Ints, Ints]]:
-        """(kind, first file of each picture, frames taken of it)."""
-        first = np.flatnonzero(pictures.is_first)
-        files = np.diff(np.append(first, len(pictures.is_first)))
-        is_video, owner = pictures.is_video[first], _owners(pictures)[first]
-        images = np.bincount(owner[~is_video], minlength=len(pictures.offsets) - 1)
-        alone = ~is_video & (images[owner] == 1)
-        one_of_several = ~is_video & ~alone
-        one = np.ones_like(first)
-        return [
-            ("image", first[alone], one[alone]),
-            ("one_of_several", first[one_of_several], one[one_of_several]),
-            ("video", first[is_video], np.minimum(files, self.sampling.frames_upbound)[is_video]),
-        ]
+        return spliced_costs(pictures, self.grid, self.sampling)
 
     def plan(self, pictures: Pictures, sample: int) -> tuple[PlannedPicture, ...]:
         groups = _files_of_pictures(pictures, sample)
@@ -209,6 +192,37 @@ class SplicedFormat(SampleFormat):
         )
 
 
+def spliced_costs(pictures: Pictures, grid: GridConfig, sampling: FrameSampling) -> Cost:
+    """What the pictures of many samples cost where their tiles' tokens stand in the row."""
+    samples = len(pictures.offsets) - 1
+    tokens, tiles = np.zeros(samples, np.int64), np.zeros(samples, np.int64)
+    for kind, rows, frames in _by_kind(pictures, sampling):
+        if len(rows) == 0:
+            continue
+        sizes = pictures.width[rows], pictures.height[rows], kind, grid, frames
+        owner = _owners(pictures)[rows]
+        # A tag is counted with the words.
+        np.add.at(tokens, owner, token_counts(*sizes) - 1)
+        np.add.at(tiles, owner, tile_counts(*sizes))
+    return Cost(tokens, tiles)
+
+
+def _by_kind(pictures: Pictures, sampling: FrameSampling) -> list[tuple[MediaKind, Ints, Ints]]:
+    """(kind, first file of each picture, frames taken of it)."""
+    first = np.flatnonzero(pictures.is_first)
+    files = np.diff(np.append(first, len(pictures.is_first)))
+    is_video, owner = pictures.is_video[first], _owners(pictures)[first]
+    images = np.bincount(owner[~is_video], minlength=len(pictures.offsets) - 1)
+    alone = ~is_video & (images[owner] == 1)
+    one_of_several = ~is_video & ~alone
+    one = np.ones_like(first)
+    return [
+        ("image", first[alone], one[alone]),
+        ("one_of_several", first[one_of_several], one[one_of_several]),
+        ("video", first[is_video], np.minimum(files, sampling.frames_upbound)[is_video]),
+    ]
+
+
 class AttendedFormat(SampleFormat):
     """InfiMM's: a picture costs the text its tag alone; and that of a decoder without eyes, which has no pictures."""
 
@@ -248,6 +262,15 @@ class AttendedFormat(SampleFormat):
         image_of_token, has_image = preceding_images(row.tokens, self.image_token_id, samples, row.cu_seqlens)
         media = AttendedMedia(patches, (1,) * sum(counts), held, image_of_token=image_of_token, has_image=has_image)
         return TextBatch(batch.tokens, batch.labels, batch.loss_weights, batch.cu_seqlens, media)
+
+
+def _quoted(word: str) -> str:
+    """A word as a shell takes it, in one line."""
+    if word.isprintable():
+        return shlex.quote(word)
+    for written, escaped in (("\\", "\\\\"), ("'", "\\'"), ("\n", "\\n"), ("\r", "\\r"), ("\t", "\\t")):
+        word = word.replace(written, escaped)
+    return f"$'{word}'"
 
 
 def _without_media(document: Document) -> SplicedSample:

@@ -16,6 +16,7 @@ import json
 import mmap
 import os
 import re
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -140,6 +141,11 @@ class Index:
         return IndexReport(about["samples"], about["pictures"], about["bytes"], about["refused"], about["damaged"])
 
     @property
+    def shard_bytes(self) -> dict[str, int]:
+        """Name -> size of each shard."""
+        return {shard["name"]: shard["bytes"] for shard in self._about["shards"]}
+
+    @property
     def content_hash(self) -> str:
         """Tells whether two indexes describe the same samples, all their bytes included."""
         return content_hash(self._about)
@@ -172,15 +178,18 @@ class Index:
             format=(kind & KIND_FORMAT).astype(np.uint8),
         )
 
-    def token_counts(self, name: str, hash: str) -> TokenCounts:
-        """The counts of that name; DataError where there are none, or of another tokenizer, template or index."""
+    def token_counts(self, name: str, hash: str, options: str = "--tokenizer ...") -> TokenCounts:
+        """The counts of that name; DataError where there are none, or of another tokenizer, template or index.
+
+        `options`: those of `megavlm data index` that make them, for errors to name.
+        """
         folder = tokens_folder(self.folder, name)
-        remedy = f"run `megavlm data index {self.folder} --tokenizer ...` with the tokenizer and template of this run"
+        remedy = f"run `megavlm data index {shlex.quote(str(self.folder))} {options}`"
         try:
             about = json.loads((folder / ABOUT_FILE).read_text())
             found = about["hash"], about["dataset"]
         except FileNotFoundError:
-            raise DataError("token counts", name, "are not in the index", remedy) from None
+            raise DataError("token counts", name, f"are not in the index ({self._said_counts()})", remedy) from None
         except (ValueError, TypeError, KeyError):
             raise DataError("token counts", str(folder), "are damaged", remedy) from None
         if found[0] != hash:
@@ -189,6 +198,22 @@ class Index:
         if found[1] != self.content_hash:
             raise DataError("token counts", name, "were made for other samples", remedy)
         return TokenCounts(*(self._map(folder / f"{column}.bin", "u4", len(self)) for column in TOKEN_COLUMNS))
+
+    def token_sets(self) -> dict[str, dict[str, Any]]:
+        """Name -> what is said of them, for all token counts of these samples."""
+        found = {}
+        for path in sorted((self.folder / INDEX_FOLDER / TOKENS_FOLDER).glob(f"[!.]*/{ABOUT_FILE}")):
+            try:
+                about = json.loads(path.read_text())
+                is_of_these = about["dataset"] == self.content_hash and isinstance(about["hash"], str)
+            except (OSError, ValueError, TypeError, KeyError):
+                continue
+            if is_of_these:
+                found[path.parent.name] = about
+        return found
+
+    def _said_counts(self) -> str:
+        return f"it has {', '.join(self.token_sets()) or 'none'}"
 
     def verify(self) -> None:
         """Read the columns whole and compare their checksums; DataError where one differs."""
@@ -271,6 +296,8 @@ def _read_about(folder: Path) -> dict[str, Any]:
     try:
         about = json.loads((folder / DATASET_FILE).read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError):
+        if not folder.is_dir():
+            raise DataError("dataset", str(folder), "is no folder", "check the path") from None
         problem = f"holds no {DATASET_FILE}"
         raise DataError("dataset", str(folder), problem, f"run `megavlm data index {folder}`") from None
     except (OSError, ValueError, RecursionError):

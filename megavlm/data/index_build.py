@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from megavlm.data.files import atomic_file, sync_folder
-from megavlm.data.index import DATASET_FILE, FORMAT, INDEX_FOLDER, REFUSED_FILE, VERSION, IndexReport
+from megavlm.data.index import DATASET_FILE, FORMAT, INDEX_FOLDER, REFUSED_FILE, TOKENS_FOLDER, VERSION, IndexReport
 from megavlm.data.pieces import OnProgress, Piece, make_pieces, pieces_of, read_facts
 from megavlm.data.sample import Refusal
 from megavlm.data.scan import COLUMNS, ShardRows, scan_shard
@@ -33,8 +33,9 @@ def build_index(
 ) -> IndexReport:
     """Index the tars in and under a folder, anybody's, and replace the index that is there.
 
-    `into` is the local folder that takes the index: needed where `folder` is the URL of an object store. Token counts
-    go with an index that is replaced. Of a damaged archive the samples before its damage are taken; the report names
+    `into` is the local folder that takes the index: needed where `folder` is the URL of an object store. Where the
+    shards are those of the index that is replaced, what cannot be seen in them stays: what they were prepared from,
+    what was refused then, token counts. Of a damaged archive the samples before its damage are taken; the report names
     it.
     """
     if into is None and "://" in str(folder):
@@ -47,7 +48,7 @@ def build_index(
     work = into / WORK_FOLDER
     plan = {"folder": str(folder), "shards": [[name, store.size(name)] for name in names]}
     pieces = make_pieces(work, plan, [_IndexShard(str(folder), name) for name in names], workers, on_progress)
-    report = install_index(pieces, names, work, into, plan=None)
+    report = install_index(pieces, names, work, into, plan=None, former=_former(work, into))
     shutil.rmtree(work)
     return report
 
@@ -91,11 +92,17 @@ def shards_of(piece: Path) -> list[dict[str, Any]]:
 
 
 def install_index(
-    pieces: Sequence[Path], names: Sequence[str], work: Path, folder: Path, plan: Mapping[str, Any] | None
+    pieces: Sequence[Path],
+    names: Sequence[str],
+    work: Path,
+    folder: Path,
+    plan: Mapping[str, Any] | None,
+    former: Mapping[str, Any] | None = None,
 ) -> IndexReport:
     """Append the pieces to columns and put these into the folder, with the shards under these names.
 
-    The folder has no `dataset.json` while its index is exchanged: what is interrupted is no dataset.
+    The folder has no `dataset.json` while its index is exchanged: what is interrupted is no dataset. `former` is the
+    one of the index that is replaced.
     """
     new, index = work / INDEX_FOLDER, folder / INDEX_FOLDER
     shutil.rmtree(new, ignore_errors=True)
@@ -103,13 +110,39 @@ def install_index(
     about = {"format": FORMAT, "version": VERSION, **_merge(pieces, names, new)}
     if plan is not None:
         about["plan"] = dict(plan)
-    (folder / DATASET_FILE).unlink(missing_ok=True)
+    if former is not None and former.get("shards") == about["shards"]:
+        about |= _keep(former, index, new)
+    if (folder / DATASET_FILE).exists():
+        (folder / DATASET_FILE).replace(work / DATASET_FILE)  # found there, should this be killed before the end
     shutil.rmtree(index, ignore_errors=True)
     new.rename(index)
     sync_folder(folder)
     with atomic_file(folder / DATASET_FILE) as file:
         file.write(json.dumps(about, indent=1).encode() + b"\n")
     return IndexReport(about["samples"], about["pictures"], about["bytes"], about["refused"], about["damaged"])
+
+
+def _former(work: Path, folder: Path) -> dict[str, Any] | None:
+    """The `dataset.json` that is replaced, where there is one that can be read."""
+    for path in (folder / DATASET_FILE, work / DATASET_FILE):
+        try:
+            about = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError, RecursionError):
+            continue
+        if isinstance(about, dict):
+            return about
+    return None
+
+
+def _keep(former: Mapping[str, Any], index: Path, new: Path) -> dict[str, Any]:
+    """Take over into a new index of the same shards what the old one alone can tell; the entries about it."""
+    kept = {"plan": former["plan"]} if "plan" in former else {}
+    if (index / REFUSED_FILE).is_file() and isinstance(former.get("refused"), dict):
+        shutil.copyfile(index / REFUSED_FILE, new / REFUSED_FILE)
+        kept["refused"] = former["refused"]
+    if (index / TOKENS_FOLDER).is_dir():
+        shutil.copytree(index / TOKENS_FOLDER, new / TOKENS_FOLDER)  # each says itself which samples it is of
+    return kept
 
 
 def _merge(pieces: Sequence[Path], names: Sequence[str], new: Path) -> dict[str, Any]:

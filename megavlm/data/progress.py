@@ -38,6 +38,12 @@ class Progress:
         if self._is_terminal:
             print(file=self._stream, flush=True)
 
+    def clear(self) -> None:
+        """Take the line off a terminal, for other output to stand in its place; the next update brings it back."""
+        if self._is_terminal:
+            print("\r\033[K", end="", file=self._stream, flush=True)
+            self._last = 0.0
+
     def _write(self, done: int, now: float) -> None:
         text = line(self._job, done, self._total, self._unit, done - self._before, now - self._start)
         start, end = ("\r\033[K", "") if self._is_terminal else ("", "\n")

@@ -75,7 +75,7 @@ def open_sources(config: DataConfig, words: SampleFormat) -> list[Source]:
         for source in stream.sources:
             folder = Path(config.path) / source.name
             index = Index.open(folder)
-            counts = index.token_counts(words.name, words.hash)
+            counts = index.token_counts(words.name, words.hash, words.options)
             found.append(Source(source.name, index, ShardReader(folder, index), counts))
     return found
 

@@ -14,6 +14,8 @@ from megavlm.data.sample import IMAGE_TAG
 from megavlm.errors import DataError, WeightsError
 from megavlm.tiles import Ints
 
+_LONGEST_CHARACTER = 32
+"""Tokens that are waited for until they end in a whole character: such as several that nobody could read before."""
 _FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 
 
@@ -41,6 +43,10 @@ class Tokenizer:
             raise WeightsError(
                 where, str(folder), f"cannot be read: {_in_one_line(error)}", "copy its files again"
             ) from error
+        backend = getattr(self._tokenizer, "backend_tokenizer", None)
+        if backend is not None:  # what a file says of these is dropped on first use, and must not tell tokenizers apart
+            backend.no_truncation()
+            backend.no_padding()
         self._tokenizer.add_tokens([word for word in added_tokens if self.token_of(word) is None], special_tokens=True)
         self.folder = folder
 
@@ -102,6 +108,41 @@ class Tokenizer:
     def decode(self, tokens: list[int]) -> str:
         """The text of these tokens, special ones left out."""
         text: str = self._tokenizer.decode(tokens, skip_special_tokens=True)
+        return text
+
+    def pieces(self, tokens: Sequence[int]) -> list[tuple[str, bool]]:
+        """What each token stands for in the text of all, and whether it is a special one.
+
+        Where several tokens make one character, the last of them has it, and those before have nothing.
+        """
+        special = {*self._tokenizer.all_special_ids}
+        special |= {number for number, added in self._tokenizer.added_tokens_decoder.items() if added.special}
+        found: list[tuple[str, bool]] = []
+        first = 0
+        for place in range(len(tokens) + 1):
+            if place == len(tokens) or tokens[place] in special:
+                found += [(text, False) for text in self._words(tokens[first:place])]
+                found += [(self._raw([token]), True) for token in tokens[place : place + 1]]
+                first = place + 1
+        return found
+
+    def _words(self, tokens: Sequence[int]) -> list[str]:
+        """The text of each of these tokens, none of which is special."""
+        found: list[str] = []
+        start, shown = 0, ""  # what the tokens from start on say, as far as one of them has it already
+        for place, token in enumerate(tokens):
+            said = self._raw(tokens[start : place + 1])
+            is_whole = not said.endswith("\N{REPLACEMENT CHARACTER}") or place - start >= _LONGEST_CHARACTER
+            if not is_whole and place + 1 < len(tokens):
+                found.append("")
+                continue
+            found.append(said[len(shown) :])
+            # The token stays before the next: some tokenizers drop the blank of a text's first one.
+            start, shown = place, self._raw([token])
+        return found
+
+    def _raw(self, tokens: Sequence[int]) -> str:
+        text: str = self._tokenizer.decode(list(tokens), clean_up_tokenization_spaces=False)
         return text
 
     @property
