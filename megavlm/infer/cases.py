@@ -21,7 +21,7 @@ from megavlm.build.run_config import InfiMMConfig, RunConfig
 from megavlm.checkpoint.weight_files import open_weight_file
 from megavlm.data.assemble_tables import spliced_batch
 from megavlm.errors import DataError
-from megavlm.infer.spliced_cases import MEDIA_TENSORS, read_media
+from megavlm.infer.spliced_cases import MEDIA_TENSORS, check_media, is_whole, read_media
 from megavlm.tiles import patch_rows
 
 
@@ -70,6 +70,12 @@ def check_cases(cases: dict[str, Case], path: str | Path, run: RunConfig) -> Non
     """Refuse a file that proves nothing, or whose tensors are not of this model's shapes."""
     shapes = state_map_of(run).folder_shapes()
     for name, case in cases.items():
+        _check_rows(case, f"{path}: {name}", run.decoder.vocab_size)
+        if run.infimm is not None and case.images is not None and len(case.images) != len(case.input_ids):
+            problem = f"{len(case.input_ids)} rows come with them"
+            raise DataError(f"{path}: {name}.images: rows", len(case.images), problem, "record them anew")
+        if run.aquila_vl is not None:
+            check_media(case.tensors, len(case.input_ids), run.aquila_vl, f"{path}: {name}")
         shape = (*case.input_ids.shape, run.decoder.vocab_size)
         if case.logits is None and case.loss is None:
             raise DataError(f"{path}: {name}", None, "holds neither logits nor a loss to compare", "add one of them")
@@ -79,15 +85,33 @@ def check_cases(cases: dict[str, Case], path: str | Path, run: RunConfig) -> Non
             raise DataError(
                 f"{path}: {name}.logits", tuple(case.logits.shape), f"should be {shape}", "record them anew"
             )
-        if not 0 <= int(case.input_ids.min()) <= int(case.input_ids.max()) < run.decoder.vocab_size:
-            problem = f"are not all within the vocabulary of {run.decoder.vocab_size}"
-            raise DataError(f"{path}: {name}.input_ids", int(case.input_ids.max()), problem, "take this model's cases")
         for tensor, gradient in case.gradients.items():
             if shapes.get(tensor) != tuple(gradient.shape):
                 problem = f"the model has {shapes.get(tensor, 'no such tensor')}"
                 raise DataError(f"{path}: {name}.grad.{tensor}", tuple(gradient.shape), problem, "record it anew")
     if not cases:
         raise DataError(str(path), None, "holds no case", "give a file with tensors like NAME.input_ids")
+
+
+def _check_rows(case: Case, where: str, vocabulary: int) -> None:
+    """Refuse tokens, labels, a mask or a loss that are of no use."""
+    shape = tuple(case.input_ids.shape)
+    if len(shape) != 2 or 0 in shape:
+        raise DataError(f"{where}.input_ids", shape, "should be [rows, length]", "record them anew")
+    of_tokens = {"input_ids": case.input_ids, "labels": case.labels, "attention_mask": case.attention_mask}
+    for what, tensor in of_tokens.items():
+        if tensor is not None and (tuple(tensor.shape) != shape or not is_whole(tensor)):
+            problem = f"should be {shape} whole numbers"
+            raise DataError(f"{where}.{what}", (tuple(tensor.shape), str(tensor.dtype)), problem, "record them anew")
+    for what, tensor in (("input_ids", case.input_ids), ("labels", case.labels)):
+        counted = tensor if tensor is None or what == "input_ids" else tensor[tensor != IGNORED]
+        if counted is not None and not bool(((counted >= 0) & (counted < vocabulary)).all()):
+            problem = f"are not all within the vocabulary of {vocabulary}"
+            raise DataError(f"{where}.{what}", int(counted.max()), problem, "take this model's cases")
+    if case.attention_mask is not None and not case.attention_mask.any():
+        raise DataError(f"{where}.attention_mask", 0, "leaves nothing to compare", "record it anew")
+    if case.loss is not None and (case.loss.numel() != 1 or not 0 < float(case.loss) < math.inf):
+        raise DataError(f"{where}.loss", case.loss.tolist(), "should be one positive number", "record it anew")
 
 
 def case_batches(case: Case, run: RunConfig) -> list[TextBatch]:
@@ -99,8 +123,8 @@ def case_batches(case: Case, run: RunConfig) -> list[TextBatch]:
 
 
 def _row_batch(case: Case, run: RunConfig, row: int) -> TextBatch:
-    tokens = case.input_ids[row : row + 1]
-    labels = tokens if case.labels is None else case.labels[row : row + 1]
+    tokens = case.input_ids[row : row + 1].long()
+    labels = tokens if case.labels is None else case.labels[row : row + 1].long()
     # Sequence parallelism cuts the row evenly; what is added on the right changes nothing to its left.
     missing = -tokens.size(1) % run.parallel.tensor_model_parallel_size
     tokens = torch.nn.functional.pad(tokens, (0, missing), value=0)

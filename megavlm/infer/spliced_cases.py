@@ -33,6 +33,37 @@ class RowMedia:
     patches: Tensor
 
 
+def is_whole(tensor: Tensor) -> bool:
+    """Whether it holds whole numbers."""
+    return not (tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool)
+
+
+def check_media(tensors: Mapping[str, Tensor], rows: int, parts: AquilaVLConfig, where: str) -> None:
+    """Refuse tensors that are not of the shapes above, or that do not belong to so many rows."""
+    size = parts.tower.image_size
+    for pixels, counts in (("pixel_values", "batch_num_images"), ("pixel_values_videos", "batch_num_videos")):
+        if pixels not in tensors:
+            continue
+        shape = tuple(tensors[pixels].shape)
+        if len(shape) != 5 or shape[2:] != (3, size, size) or not tensors[pixels].is_floating_point():
+            remedy = f"give them as [number, tiles or frames, 3, {size}, {size}]"
+            raise DataError(f"{where}.{pixels}", shape, "are no normalised pictures of the tower's size", remedy)
+        count = _counts(tensors, pixels, counts)
+        if tuple(count.shape) != (rows,) or not is_whole(count) or int(count.min()) < 0 or int(count.sum()) != shape[0]:
+            problem = f"does not deal {shape[0]} of them to {rows} rows"
+            raise DataError(f"{where}.{counts}", count.tolist(), problem, "say for each row how many it has")
+    if "pixel_values" in tensors:
+        sizes, expected = tensors.get("image_sizes"), (len(tensors["pixel_values"]), 2)
+        if sizes is None or tuple(sizes.shape) != expected or not is_whole(sizes):
+            found = None if sizes is None else tuple(sizes.shape)
+            raise DataError(f"{where}.image_sizes", found, f"should be {expected}", "give height and width of each")
+
+
+def _counts(tensors: Mapping[str, Tensor], pixels: str, counts: str) -> Tensor:
+    """How many each row has: one, where it is not said."""
+    return tensors.get(counts, torch.ones(len(tensors[pixels]), dtype=torch.int64))
+
+
 def read_media(tensors: Mapping[str, Tensor], row: int, tokens: Tensor, parts: AquilaVLConfig) -> RowMedia:
     """What the row `tokens` [1, length] has of the case's images and videos."""
     images = iter(_images_of_row(tensors, row, parts))
@@ -67,14 +98,17 @@ def _patches(pixels: Tensor, parts: AquilaVLConfig) -> Tensor:
 def _images_of_row(tensors: Mapping[str, Tensor], row: int, parts: AquilaVLConfig) -> list[tuple[ImagePlan, Tensor]]:
     if "pixel_values" not in tensors:
         return []
-    counts = tensors.get("batch_num_images", torch.ones(len(tensors["pixel_values"]))).long().tolist()
+    counts = _counts(tensors, "pixel_values", "batch_num_images").tolist()
     first, count = sum(counts[:row]), counts[row]
     kind: MediaKind = "image" if count == 1 else "one_of_several"
     found = []
     for number in range(first, first + count):
         height, width = tensors["image_sizes"][number].tolist()
-        plan = plan_image(width, height, kind, parts.grid)
-        found.append((plan, tensors["pixel_values"][number, : plan.tiles]))
+        plan, tiles = plan_image(width, height, kind, parts.grid), tensors["pixel_values"][number]
+        if plan.tiles > len(tiles):
+            problem = f"an image of {width}x{height} has {plan.tiles}"
+            raise DataError(f"row {row}: tiles in pixel_values", len(tiles), problem, "record the case anew")
+        found.append((plan, tiles[: plan.tiles]))
     return found
 
 
@@ -82,7 +116,7 @@ def _videos_of_row(tensors: Mapping[str, Tensor], row: int, parts: AquilaVLConfi
     if "pixel_values_videos" not in tensors:
         return []
     videos = tensors["pixel_values_videos"]
-    counts = tensors.get("batch_num_videos", torch.ones(len(videos))).long().tolist()
+    counts = _counts(tensors, "pixel_values_videos", "batch_num_videos").tolist()
     size = parts.tower.image_size
     chosen = videos[sum(counts[:row]) :][: counts[row]]
     return [(plan_image(size, size, "video", parts.grid, frames=len(frames)), frames) for frames in chosen]

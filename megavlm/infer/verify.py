@@ -13,6 +13,7 @@ from megavlm.batch import TextBatch
 from megavlm.build.families import state_map_of
 from megavlm.build.model import Model
 from megavlm.build.run_config import DataParallelConfig, RunConfig
+from megavlm.checkpoint.hf_import import named_parameters
 from megavlm.export.hf_export import folder_tensors
 from megavlm.infer.cases import Case, case_batches
 from megavlm.infer.logits import compute_logits
@@ -94,9 +95,12 @@ def _gradients(name: str, case: Case, chunks: Sequence[nn.Module], run: RunConfi
     if not case.gradients:
         return []
     whole = torch.stack([gradient.double().norm() for gradient in case.gradients.values()]).norm()
+    state_map = state_map_of(run)
+    frozen = {name for chunk in trained for name, parameter in named_parameters(chunk) if not parameter.requires_grad}
+    without = {theirs for entry in state_map.entries if entry.ours in frozen for theirs in entry.theirs}
     found = []
-    for tensor_name, mine in folder_tensors(trained, state_map_of(run), groups.collection.tp, _gradient):
-        if tensor_name in case.gradients and groups.holds_first_copy:
+    for tensor_name, mine in folder_tensors(trained, state_map, groups.collection.tp, _gradient):
+        if tensor_name in case.gradients and tensor_name not in without and groups.holds_first_copy:
             theirs = case.gradients[tensor_name].double()
             off = (mine.cpu().double() - theirs).norm() / torch.maximum(theirs.norm(), 1e-3 * whole)
             found.append(Deviation(name, f"gradient of {tensor_name}", off.item(), GRADIENT_TOLERANCE))
@@ -104,7 +108,7 @@ def _gradients(name: str, case: Case, chunks: Sequence[nn.Module], run: RunConfi
 
 
 def _gradient(parameter: nn.Parameter) -> Tensor:
-    """Zeros for a frozen parameter: it has no gradient buffer, and is compared with nothing."""
+    """Zeros for a frozen parameter: it has no gradient buffer, and they are compared with nothing."""
     gradient: Tensor = parameter.main_grad if parameter.requires_grad else torch.zeros_like(parameter)  # type: ignore[attr-defined]
     return gradient
 

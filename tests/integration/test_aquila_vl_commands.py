@@ -109,6 +109,16 @@ def test_a_folder_is_proven_against_transformers(
         assert main(["verify-hf", "--hf", out, "--cases", str(cases)]) == 0
 
 
+def test_gradients_of_frozen_parts_are_not_compared(exported: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["verify-hf", "--hf", str(exported), "--against", "transformers", "--json"]
+    assert main([*command, "--trainable", "projector", "newline"]) == 0
+    compared = {one["what"] for one in json.loads(capsys.readouterr().out.splitlines()[-1])}
+    gradients = {what.removeprefix("gradient of ") for what in compared if what.startswith("gradient of ")}
+    assert gradients == {"image_newline"} | {
+        f"multi_modal_projector.linear_{layer}.{kind}" for layer in (1, 2) for kind in ("weight", "bias")
+    }
+
+
 def test_a_changed_weight_is_found(exported: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     cases = tmp_path / "cases.safetensors"
     assert main(["verify-hf", "--hf", str(exported), "--against", "transformers", "--save-cases", str(cases)]) == 0
