@@ -108,7 +108,8 @@ def _check_readable(path: str, grid: GridConfig) -> None:
 
 def _random_inputs(run: RunConfig, draw: random.Random) -> Iterator[tuple[str, Inputs]]:
     if run.aquila_vl is None:
-        yield "text", _padded([_text(run, draw, length) for length in (4 * _TEXT, _TEXT)])
+        noise = torch.Generator().manual_seed(draw.getrandbits(32))
+        yield "text", _padded([_text(run, draw, length) for length in (4 * _TEXT, _TEXT)], noise)
         return
     parts = run.aquila_vl
     size = parts.tower.image_size
@@ -131,14 +132,15 @@ def random_rows(
         _row(run, parts, draw, sizes, of_video)
         for sizes, of_video in zip(images, frames or [0] * len(images), strict=True)
     ]
-    inputs = _padded(rows)
+    noise = torch.Generator().manual_seed(draw.getrandbits(32))
+    inputs = _padded(rows, noise)
     if any(images):
         inputs |= _pixels(parts, draw, images)
         inputs["batch_num_images"] = torch.tensor([len(sizes) for sizes in images])
     if frames and any(frames):
         size = parts.tower.image_size
         inputs["pixel_values_videos"] = torch.stack(
-            [torch.rand(count, 3, size, size) * 2 - 1 for count in frames if count]
+            [torch.rand(count, 3, size, size, generator=noise) * 2 - 1 for count in frames if count]
         )
         inputs["batch_num_videos"] = torch.tensor([int(count > 0) for count in frames])
     return inputs
@@ -164,7 +166,7 @@ def _text(run: RunConfig, draw: random.Random, length: int) -> list[int]:
     return draw.choices(words, k=length)
 
 
-def _padded(rows: list[list[int]]) -> Inputs:
+def _padded(rows: list[list[int]], noise: torch.Generator) -> Inputs:
     """Rows of one length, and labels that train about two thirds of the text."""
     longest = max(map(len, rows))
     tokens = torch.zeros(len(rows), longest, dtype=torch.int64)
@@ -172,7 +174,7 @@ def _padded(rows: list[list[int]]) -> Inputs:
     for number, row in enumerate(rows):
         tokens[number, : len(row)] = torch.tensor(row)
         mask[number, : len(row)] = 1
-    trained = (mask == 1) & (torch.rand(tokens.shape) < 2 / 3)
+    trained = (mask == 1) & (torch.rand(tokens.shape, generator=noise) < 2 / 3)
     return {"input_ids": tokens, "attention_mask": mask, "labels": torch.where(trained, tokens, IGNORED)}
 
 
