@@ -50,7 +50,8 @@ class TrainConfig(Config):
     log_interval: int = 1
     """Steps between two log lines."""
     images_per_row: float = 1.0
-    """Images of a row on average, by which `--pipeline-model-parallel-layout auto` weighs the vision tower."""
+    """What the tower sees of a row on average, by which `--pipeline-model-parallel-layout auto` weighs it: images; of
+    Aquila-VL tiles, of which an image has several."""
 
     def check(self) -> None:
         for name in ("train_iters", "global_batch_size", "micro_batch_size", "log_interval"):
