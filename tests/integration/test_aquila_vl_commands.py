@@ -157,7 +157,10 @@ def test_a_changed_weight_is_found(exported: Path, tmp_path: Path, capsys: pytes
         (["verify-hf", "--hf", "HF", "--against", "llama.cpp"], "is nothing to compare with"),
         (["verify-hf", "--hf", "HF", "--against", "transformers", "--save-cases", "HF"], "exists already"),
         (["verify-hf", "--hf", "HF", "--against", "transformers", "--save-cases", "/nowhere/c"], "cannot be written"),
-        (["verify-hf", "--hf", "HF", "--against", "transformers", "aquila_vl.grid.cap_tiles=3"], "grid.cap_tiles=5, or"),
+        (
+            ["verify-hf", "--hf", "HF", "--against", "transformers", "aquila_vl.grid.cap_tiles=3"],
+            "grid.cap_tiles=5, or",
+        ),
         (["generate", "--hf", "HF", "--prompt", "<image> x"], "0 images come with it"),
         (["generate", "--hf", "HF", "--prompt", "<video> x"], "0 videos come with it"),
         (["generate", "--hf", "HF", "--prompt", "x", "--video", "v.mp4"], "1 videos come with it"),

@@ -177,7 +177,9 @@ def edit_json(file: Path, **changes: object) -> None:
             ["tokenizer of", "cannot be read", "copy its files again"],
         ),
         (
-            lambda folder: edit_json(folder / "tokenizer_config.json", chat_template="{{ raise_exception('no turns') }}"),
+            lambda folder: edit_json(
+                folder / "tokenizer_config.json", chat_template="{{ raise_exception('no turns') }}"
+            ),
             ["--chat"],
             ["--chat = ", "chat format fails: no turns", "mend chat_template"],
         ),

@@ -70,7 +70,10 @@ def test_a_good_case_is_taken() -> None:
     [
         ({"input_ids": torch.ones(5, dtype=torch.int64)}, "one.input_ids = (5,): should be [rows, length]"),
         ({"input_ids": good_case().input_ids.float()}, f"one.input_ids = ((2, {LENGTH}), 'torch.float32'): should be"),
-        ({"labels": good_case().input_ids[:, 1:]}, f"one.labels = ((2, {LENGTH - 1}), 'torch.int64'): should be (2, {LENGTH})"),
+        (
+            {"labels": good_case().input_ids[:, 1:]},
+            f"one.labels = ((2, {LENGTH - 1}), 'torch.int64'): should be (2, {LENGTH})",
+        ),
         ({"labels": good_case().input_ids + 30}, "one.labels = 131: are not all within the vocabulary of 120"),
         ({"labels": torch.full((2, LENGTH), -5)}, "one.labels = -5: are not all within"),
         ({"attention_mask": torch.ones(2, 5, dtype=torch.int64)}, "one.attention_mask = ((2, 5), 'torch.int64')"),
@@ -79,7 +82,7 @@ def test_a_good_case_is_taken() -> None:
         ({"loss": torch.ones(2)}, "one.loss = [1.0, 1.0]: should be one positive number"),
     ],
 )
-def test_tokens_that_fit_nothing(changes: dict[str, Tensor], message: str) -> None:
+def test_tokens_that_fit_nothing(changes: dict[str, Any], message: str) -> None:
     assert message in refusal(replace(good_case(), **changes))
 
 
