@@ -129,11 +129,21 @@ def import_hf(arguments: list[str]) -> int:
     )
     if _wants_help(arguments, usage):
         return 0
+    _refuse_company("import-hf")
     setup_logging(rank=0, world_size=1)
     given = {word.partition("=")[0] for word in arguments}
     with agreed():
         (_import_released if "--hf" in given else _import_siglip if "--siglip" in given else _import_eva)(arguments)
     return 0
+
+
+def _refuse_company(command: str) -> None:
+    """Refuse to be one of several processes: they would write over one another."""
+    _, processes = process_groups.world_from_environment()
+    if processes > 1:
+        error = ConfigError("processes", processes, f"{command} is the work of one", "start it without torchrun")
+        error.printed_by_rank = 0
+        raise error
 
 
 def _import_released(arguments: list[str]) -> None:

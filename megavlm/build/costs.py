@@ -23,7 +23,7 @@ class RowCosts:
 
 
 def row_costs(run: RunConfig, images_per_row: float) -> RowCosts:
-    """The cost of a row of full length with this many images."""
+    """The cost of a row of full length with this many images, or tiles."""
     decoder, length = run.decoder, run.train.seq_length
     query_width = decoder.num_attention_heads * decoder.kv_channels
     key_width = decoder.num_query_groups * decoder.kv_channels

@@ -73,12 +73,14 @@ class TrainConfig(Config):
     log_interval: int = 1
     """Steps between two log lines."""
     images_per_row: float = 1.0
-    """Images of a row on average, by which `--pipeline-model-parallel-layout auto` weighs the vision tower."""
+    """What the tower sees of a row on average, by which `--pipeline-model-parallel-layout auto` weighs it: images; of
+    Aquila-VL tiles, of which an image has several."""
 
     def check(self) -> None:
         for name in ("train_iters", "global_batch_size", "micro_batch_size", "log_interval"):
             require(getattr(self, name) >= 1, self, name, "must be at least 1", "use a positive number")
         require(self.images_per_row >= 0, self, "images_per_row", "must not be negative", "use 0 for text alone")
+        require(0 <= self.seed < 2**62, self, "seed", "is no seed", "use a number from 0 to 2**62")
         require(self.seq_length >= 2, self, "seq_length", "leaves nothing to predict", "use at least 2")
 
 

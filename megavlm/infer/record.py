@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 import tempfile
 from collections.abc import Iterator
@@ -12,16 +13,20 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, LlavaOnevisionForConditionalGeneration, LlavaOnevisionImageProcessorPil
 
 from megavlm.batch import IGNORED
+from megavlm.build.families import model_of_folder
 from megavlm.build.run_config import AquilaVLConfig, RunConfig
+from megavlm.checkpoint.hf_folder import HFFolder
 from megavlm.data.tile_images import MEAN, STD
 from megavlm.errors import ConfigError
+from megavlm.model.aquila_vl.config import TRANSFORMERS
 from megavlm.parallel.agree import agreed
-from megavlm.tiles import MediaKind, token_counts
+from megavlm.tiles import GridConfig, MediaKind, token_counts
 
 Inputs = dict[str, Tensor]
 _TEXT = 12
@@ -47,13 +52,22 @@ def record_cases(run: RunConfig, file: Path, seed: int = 1234) -> None:
     With images: one of an odd size alone, several in a row, none, a video where the model takes such, and a batch that
     mixes them. In float32, all gradients included, so the model's weights are held twice.
     """
+    if not os.access(file.parent, os.W_OK):  # told before hours of computing
+        raise _unwritable(file, "there is no such folder, or it may not be written to")
     model = _load(run)
     weights = dict(_named_weights(model, run))
     tensors: Inputs = {}
     for name, inputs in _random_inputs(run, random.Random(seed)):
         recorded = {**inputs, **_compute(model, weights, inputs)}
         tensors |= {f"{name}.{what}": tensor.contiguous() for what, tensor in recorded.items()}
-    save_file(tensors, file)
+    try:
+        save_file(tensors, file)
+    except SafetensorError as error:  # what it calls a full disk
+        raise _unwritable(file, str(error)) from error
+
+
+def _unwritable(file: Path, problem: str) -> ConfigError:
+    return ConfigError("--save-cases", str(file), f"cannot be written: {problem}", "give another place")
 
 
 def _load(run: RunConfig) -> Any:
@@ -64,14 +78,38 @@ def _load(run: RunConfig) -> Any:
             "would run the code of InfiMM's folder",
             "record cases with it, and use --cases",
         )
-    kind: Any = AutoModelForCausalLM if run.aquila_vl is None else LlavaOnevisionForConditionalGeneration
-    assert run.weights.load_hf is not None
+    if run.weights.load_hf is None:
+        raise ConfigError("weights.load_hf", None, "leaves transformers nothing to load", "drop --load-hf")
+    kind: Any = AutoModelForCausalLM
+    if run.aquila_vl is not None:
+        kind = LlavaOnevisionForConditionalGeneration
+        _check_readable(run.weights.load_hf, run.aquila_vl.grid)
     return kind.from_pretrained(run.weights.load_hf, dtype=torch.float32, attn_implementation="eager").eval()
+
+
+def _check_readable(path: str, grid: GridConfig) -> None:
+    """Refuse a folder for which transformers would make up a model, and images cut otherwise than by the folder."""
+    with HFFolder.open(path) as folder:
+        if folder.config.get("model_type") != TRANSFORMERS:
+            problem = f"cannot read LLaVA-NeXT's layout, that of {path}"
+            remedy = "record cases of the transformers layout with --save-cases, and use --cases"
+            raise ConfigError("--against", "transformers", problem, remedy)
+        found = model_of_folder(folder).aquila_vl
+    assert found is not None
+    # A model of single tiles is read as one of grids of one tile.
+    one = {"tiling": "grid", "max_tiles_per_side": 1, "cap_tiles": 1}
+    theirs = found.grid.replace(**one) if found.grid.tiling == "single" else found.grid
+    if grid != theirs:
+        side, cap = theirs.max_tiles_per_side, theirs.cap_tiles
+        written = f"aquila_vl.grid.tiling=grid aquila_vl.grid.max_tiles_per_side={side} aquila_vl.grid.cap_tiles={cap}"
+        problem = "is not how transformers cuts the images of this folder"
+        raise ConfigError("aquila_vl.grid", grid.to_dict(), problem, f"add {written}, or use --cases")
 
 
 def _random_inputs(run: RunConfig, draw: random.Random) -> Iterator[tuple[str, Inputs]]:
     if run.aquila_vl is None:
-        yield "text", _padded([_text(run, draw, length) for length in (4 * _TEXT, _TEXT)])
+        noise = torch.Generator().manual_seed(draw.getrandbits(32))
+        yield "text", _padded([_text(run, draw, length) for length in (4 * _TEXT, _TEXT)], noise)
         return
     parts = run.aquila_vl
     size = parts.tower.image_size
@@ -94,14 +132,15 @@ def random_rows(
         _row(run, parts, draw, sizes, of_video)
         for sizes, of_video in zip(images, frames or [0] * len(images), strict=True)
     ]
-    inputs = _padded(rows)
+    noise = torch.Generator().manual_seed(draw.getrandbits(32))
+    inputs = _padded(rows, noise)
     if any(images):
         inputs |= _pixels(parts, draw, images)
         inputs["batch_num_images"] = torch.tensor([len(sizes) for sizes in images])
     if frames and any(frames):
         size = parts.tower.image_size
         inputs["pixel_values_videos"] = torch.stack(
-            [torch.rand(count, 3, size, size) * 2 - 1 for count in frames if count]
+            [torch.rand(count, 3, size, size, generator=noise) * 2 - 1 for count in frames if count]
         )
         inputs["batch_num_videos"] = torch.tensor([int(count > 0) for count in frames])
     return inputs
@@ -127,7 +166,7 @@ def _text(run: RunConfig, draw: random.Random, length: int) -> list[int]:
     return draw.choices(words, k=length)
 
 
-def _padded(rows: list[list[int]]) -> Inputs:
+def _padded(rows: list[list[int]], noise: torch.Generator) -> Inputs:
     """Rows of one length, and labels that train about two thirds of the text."""
     longest = max(map(len, rows))
     tokens = torch.zeros(len(rows), longest, dtype=torch.int64)
@@ -135,7 +174,7 @@ def _padded(rows: list[list[int]]) -> Inputs:
     for number, row in enumerate(rows):
         tokens[number, : len(row)] = torch.tensor(row)
         mask[number, : len(row)] = 1
-    trained = (mask == 1) & (torch.rand(tokens.shape) < 2 / 3)
+    trained = (mask == 1) & (torch.rand(tokens.shape, generator=noise) < 2 / 3)
     return {"input_ids": tokens, "attention_mask": mask, "labels": torch.where(trained, tokens, IGNORED)}
 
 

@@ -33,6 +33,7 @@ class SamplingConfig(Config):
         require(self.max_new_tokens >= 1, self, "max_new_tokens", "must be at least 1", "use for example 128")
         require(self.temperature > 0, self, "temperature", "must be positive", "use 1.0, or leave out --do-sample")
         require(self.top_k >= 0, self, "top_k", "must not be negative", "use 0 for all tokens")
+        require(0 <= self.seed < 2**62, self, "seed", "is no seed", "use a number from 0 to 2**62")
         require(0 < self.top_p <= 1, self, "top_p", "is no probability above 0", "use 1.0 for all tokens")
 
 

@@ -84,7 +84,7 @@ def test_parameter_counts(stage: str, tied: bool, everything: int) -> None:
 
 
 def one_rank_of_stage_3(degrees: dict[str, Any]) -> dict[str, int]:
-    """A row of 12,288 tokens with an image of ten tiles (1920 x 600: 5 x 2 would be eleven), forward and backward."""
+    """A row of 12,288 tokens with an image of ten tiles, 3 x 3 and the base, forward and backward."""
     join_fake_world(32)
     run = real_run("3", **degrees)
     assert run.aquila_vl is not None

@@ -107,6 +107,25 @@ def test_a_folder_is_proven_against_transformers(
         options = ["--hf", str(exported), "--out", out, "--layout", layout, "--params-dtype", "float32"]
         assert main(["export-hf", *options]) == 0
         assert main(["verify-hf", "--hf", out, "--cases", str(cases)]) == 0
+        # transformers would make up a model of its default size and random weights.
+        assert main(["verify-hf", "--hf", out, "--against", "transformers"]) == 2
+        assert "cannot read LLaVA-NeXT's layout" in capsys.readouterr().err
+
+
+def test_a_model_of_single_tiles_is_proven_as_transformers_reads_it(
+    exported: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It reads two tiles with newlines, so the weights can be compared, and the tiling cannot."""
+    out = str(tmp_path / "stage-1")
+    single = ["--params-dtype", "float32", "aquila_vl.grid.tiling=single"]
+    assert main(["export-hf", "--hf", str(exported), "--out", out, *single]) == 0
+    capsys.readouterr()
+    command = ["verify-hf", "--hf", out, "--against", "transformers"]
+    assert main(command) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "is not how transformers cuts the images of this folder; add " in line
+    advice = line.partition("; add ")[2].partition(", or")[0].split()
+    assert len(advice) == 3 and main([*command, *advice]) == 0
 
 
 def test_gradients_of_frozen_parts_are_not_compared(exported: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -137,6 +156,11 @@ def test_a_changed_weight_is_found(exported: Path, tmp_path: Path, capsys: pytes
         (["verify-hf", "--hf", "HF"], "or --against is what the model is held to"),
         (["verify-hf", "--hf", "HF", "--against", "llama.cpp"], "is nothing to compare with"),
         (["verify-hf", "--hf", "HF", "--against", "transformers", "--save-cases", "HF"], "exists already"),
+        (["verify-hf", "--hf", "HF", "--against", "transformers", "--save-cases", "/nowhere/c"], "cannot be written"),
+        (
+            ["verify-hf", "--hf", "HF", "--against", "transformers", "aquila_vl.grid.cap_tiles=3"],
+            "grid.cap_tiles=5, or",
+        ),
         (["generate", "--hf", "HF", "--prompt", "<image> x"], "0 images come with it"),
         (["generate", "--hf", "HF", "--prompt", "<video> x"], "0 videos come with it"),
         (["generate", "--hf", "HF", "--prompt", "x", "--video", "v.mp4"], "1 videos come with it"),

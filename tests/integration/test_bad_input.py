@@ -63,6 +63,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (["--seq-length", "257"], ["257", "positions of 256"]),
         (["--tensor-model-parallel", "2"], ["--tensor-model-parallel ", "did you mean --tensor-model-parallel-size?"]),
         (["--lr", "fast"], ["--lr", "'fast'", "must be a finite number"]),
+        (["--seed", "9" * 30], ["--seed", "is no seed"]),
         (["--lr", "-1"], ["--lr", "-1.0", "must be positive"]),
         (["--fp8-format", "hybrid"], ["--fp8-format", "'hybrid'", "this CPU has no GPU", "bfloat16"]),
         (["--transformer-impl", "transformer_engine"], ["not installed here", "megavlm[gpu]"]),

@@ -128,6 +128,7 @@ def test_mistakes_end_in_one_line(folder: Path, images: list[str], tmp_path: Pat
         ([*start, "<image> <image>", "--image", images[0]], ["tags in the prompt = 2", "1 images"]),
         ([*start, "a", "--max-new-tokens", "600"], ["max_new_tokens = 600", "512 positions", "at most 510"]),
         ([*start, "a", "--top-p", "1.5"], ["--top-p = 1.5", "no probability", "use 1.0"]),
+        ([*start, "a", "--seed", "9" * 30], ["--seed = 999", "is no seed"]),
         (["--prompt", "a"], ["--hf = ''", "is missing", "--hf FOLDER --prompt TEXT"]),
         (["--hf", str(folder)], ["--prompt = ''", "is missing"]),
     ]

@@ -140,3 +140,16 @@ def test_parts_that_do_not_make_a_model(source: Path, tmp_path: Path, capsys: An
     assert "tensors" in line(llm=llm, siglip=tower)
     assert "--seed = 'x': is no whole number" in line(llm=llm, siglip=tower, seed="x")
     assert "there is no such file" in line(llm=llm, siglip=source / "none")
+
+
+@pytest.mark.parametrize("rank", ["0", "1"])
+def test_one_process_alone(
+    rank: str, source: Path, tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Several would clear away and rename one another's files."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", rank)
+    assert main(["import-hf", "--hf", str(source / "hf"), "--out", str(tmp_path / "out")]) == 2
+    line = "megavlm: error: processes = 2: import-hf is the work of one; start it without torchrun\n"
+    assert capsys.readouterr().err == (line if rank == "0" else "")
+    assert not (tmp_path / "out").exists()

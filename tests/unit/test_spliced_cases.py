@@ -1,7 +1,8 @@
-"""Cases of Aquila-VL whose tensors contradict each other are refused before anything is computed."""
+"""Cases of Aquila-VL: drawn by a seed, and refused before anything is computed where their tensors fit nothing."""
 
 from __future__ import annotations
 
+import random
 from dataclasses import replace
 from typing import Any
 
@@ -13,6 +14,7 @@ from torch import Tensor
 from megavlm.build.run_config import AquilaVLConfig, DecoderConfig, RunConfig
 from megavlm.errors import DataError
 from megavlm.infer.cases import Case, case_batches, check_cases
+from megavlm.infer.record import random_rows
 from megavlm.model.towers.siglip_config import SiglipConfig
 from megavlm.tiles import plan_image
 
@@ -80,7 +82,7 @@ def test_a_good_case_is_taken() -> None:
         ({"loss": torch.ones(2)}, "one.loss = [1.0, 1.0]: should be one positive number"),
     ],
 )
-def test_tokens_that_fit_nothing(changes: dict[str, Tensor], message: str) -> None:
+def test_tokens_that_fit_nothing(changes: dict[str, Any], message: str) -> None:
     assert message in refusal(replace(good_case(), **changes))
 
 
@@ -108,3 +110,15 @@ def test_media_that_fit_nothing(changes: dict[str, Any], message: str) -> None:
     case = good_case()
     kept = {name: tensor for name, tensor in (case.tensors | changes).items() if tensor is not None}
     assert message in refusal(replace(case, tensors=kept))
+
+
+def test_drawn_cases_follow_the_seed_alone() -> None:
+    def drawn(seed: int) -> dict[str, Tensor]:
+        torch.rand(seed)  # whatever else was drawn before
+        return random_rows(RUN, random.Random(seed), [[(20, 30)]], frames=[2])
+
+    first, again, other = drawn(1), drawn(1), drawn(2)
+    assert all(torch.equal(first[name], again[name]) for name in first)
+    for name in ("pixel_values", "pixel_values_videos"):
+        assert not torch.equal(first[name], other[name]), name
+    assert not torch.equal(first["labels"] == -100, other["labels"] == -100)

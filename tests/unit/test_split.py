@@ -4,13 +4,22 @@ from __future__ import annotations
 
 import itertools
 import random
+from typing import Any
 
 import pytest
 
 from megavlm.build.costs import balanced_layout, row_costs
-from megavlm.build.run_config import InfiMMConfig, ParallelConfig, RunConfig, check_degrees
+from megavlm.build.run_config import (
+    AquilaVLConfig,
+    DecoderConfig,
+    InfiMMConfig,
+    ParallelConfig,
+    RunConfig,
+    check_degrees,
+)
 from megavlm.errors import LayoutError
 from megavlm.model.cross_attention import CrossAttentionConfig
+from megavlm.model.freeze import PARTS_OF_AQUILA_VL, Part
 from megavlm.model.resampler import ResamplerConfig
 from megavlm.model.towers.eva_config import eva_tower
 from megavlm.parallel.split import as_layout, balanced_split
@@ -82,6 +91,47 @@ def test_images_take_layers_from_the_first_stage() -> None:
     assert many < few
     ahead = run.replace(parallel=run.parallel.replace(vision_over="all_stages"))
     assert balanced_layout(ahead, 6.0).split("|")[0].count("t") > many
+
+
+def aquila_vl(trainable: tuple[Part, ...], **parallel: Any) -> RunConfig:
+    """Aquila-VL-2B's shape."""
+    decoder = DecoderConfig(
+        family="qwen2",
+        num_layers=28,
+        hidden_size=1536,
+        ffn_hidden_size=8960,
+        num_attention_heads=12,
+        num_query_groups=2,
+        kv_channels=128,
+        vocab_size=151936,
+        max_position_embeddings=32768,
+        add_qkv_bias=True,
+        tied_embeddings=True,
+    )
+    base = recipe("decoder-tiny")
+    return base.replace(
+        decoder=decoder,
+        aquila_vl=AquilaVLConfig(image_token_id=151665, video_token_id=151666),
+        train=base.train.replace(seq_length=12288),
+        trainable=trainable,
+        parallel=ParallelConfig(pipeline_model_parallel_size=2, **parallel),
+    )
+
+
+def test_tiles_are_weighed_by_what_is_done_with_them() -> None:
+    """A trained tower costs three times a frozen one, which all stages together take off the first."""
+    projector: tuple[Part, ...] = ("projector",)
+    everything = PARTS_OF_AQUILA_VL
+    trained, frozen, ahead = (
+        row_costs(run, 10.0).before
+        for run in (aquila_vl(everything), aquila_vl(projector), aquila_vl(projector, vision_over="all_stages"))
+    )
+    # Of ten tiles: 397 million parameters over 729 tokens, two operations each; and 26 layers of attention.
+    assert frozen - ahead == pytest.approx(10 * (2 * 397e6 * 729 + 26 * 4 * 729**2 * 1152), rel=0.01)
+    assert trained - ahead == pytest.approx(3 * (frozen - ahead)) and 0 < ahead < 0.1 * frozen
+    assert row_costs(aquila_vl(everything), 20.0).before == 2 * trained
+    few, many = (balanced_layout(aquila_vl(everything), tiles).split("|")[0].count("t") for tiles in (0.0, 20.0))
+    assert many < few
 
 
 def test_frozen_parts_cost_less() -> None:
