@@ -86,7 +86,6 @@ def test_settings_of_generation_go_along_or_name_the_ends(tmp_path: Path) -> Non
 
 
 def test_single_tiles_are_warned_of_where_transformers_sees_more(caplog: pytest.LogCaptureFixture) -> None:
-    logging.getLogger("megavlm").propagate = True
     files_of("1", "llava-next")
     files_of("2a")
     assert not caplog.records
