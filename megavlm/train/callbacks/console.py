@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 
 from megavlm.build.run_config import RunConfig
-from megavlm.log import IterationStats, log_iteration
+from megavlm.log import IterationStats, log_iteration, log_validation
 from megavlm.parallel.groups import Groups
 from megavlm.train.callbacks.base import Callback
 from megavlm.train.report import StepReport
@@ -28,6 +28,10 @@ class Console(Callback):
         if report.iteration % self._interval == 0:
             log_iteration(self._stats(report))
             self._reports, self._skipped, self._nan = [], report.skipped, report.nan
+
+    def evaluated(self, iteration: int, losses: Mapping[str, float]) -> None:
+        if self._speaks:
+            log_validation(iteration, losses)
 
     def _stats(self, last: StepReport) -> IterationStats:
         return IterationStats(
