@@ -2,8 +2,8 @@
 
 Both read the same photographs, JPEG files of common sizes, with two workers each: ours from prepared shards with two
 threads, theirs from the files with two processes, as training scripts do. A pass is one step of samples; what both
-made of it must be the same tokens and, to rounding, the same pixels. Beside them stands our decoder alone, on files that
-are in memory: what the rest of our path costs is the difference.
+made of it must be the same tokens and, to rounding, the same pixels. Beside them stands our decoder alone, on files
+in memory: what the rest of our path costs is the difference.
 """
 
 from __future__ import annotations
