@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -17,42 +18,57 @@ from megavlm.data.toy_text import toy_step
 from megavlm.errors import DataError
 from megavlm.log import get_logger
 from megavlm.parallel.groups import Groups
+from megavlm.train.report import StepWork
 from megavlm.train.settle import settle
+from megavlm.train.work import work_of_plan, work_of_rows
 
 logger = get_logger(__name__)
 
 
-def feed(
-    run: RunConfig, model: Model, groups: Groups, first: int, ledger: Path | None = None
-) -> Iterator[list[TextBatch]]:
-    """The batches of step `first` and all behind it, on this process's device.
+@dataclass(frozen=True)
+class FedStep:
+    """A step's data on one process."""
+
+    iteration: int
+    """Counted from 1."""
+    batches: list[TextBatch]
+    """This data-parallel rank's microbatches, on the process's device."""
+    work: StepWork
+    """The global batch in numbers; its target tokens are counted with the loss."""
+
+
+def feed(run: RunConfig, model: Model, groups: Groups, done: int, ledger: Path | None = None) -> Iterator[FedStep]:
+    """The steps behind those that are done.
 
     A run that saves checkpoints keeps its ledger beside them, where no other folder is given.
     """
     if ledger is None and run.checkpoint.save_to is not None:
         ledger = Path(run.checkpoint.save_to) / "ledger"
-    steps = _toy(run, groups, first) if run.data is None else _prepared(run, model, groups, first, ledger)
-    for batches in steps:
-        yield [batch.to(groups.device) for batch in batches]
+    steps = _toy(run, groups, done) if run.data is None else _prepared(run, model, groups, done, ledger)
+    for iteration, (batches, work) in enumerate(steps, done + 1):
+        yield FedStep(iteration, [batch.to(groups.device) for batch in batches], work)
 
 
-def _toy(run: RunConfig, groups: Groups, first: int) -> Iterator[list[TextBatch]]:
+def _toy(run: RunConfig, groups: Groups, first: int) -> Iterator[tuple[list[TextBatch], StepWork]]:
+    rows, length = run.train.global_batch_size, run.train.seq_length
+    work = work_of_rows(rows, length)
     for step in range(first, run.train.train_iters):
-        yield toy_step(
+        batches = toy_step(
             seed=run.train.seed,
             step=step,
-            global_batch_size=run.train.global_batch_size,
+            global_batch_size=rows,
             micro_batch_size=run.train.micro_batch_size,
-            seq_length=run.train.seq_length,
+            seq_length=length,
             vocab_size=run.decoder.vocab_size,
             data_rank=groups.data_rank,
             data_size=groups.data_size,
         )
+        yield batches, work
 
 
 def _prepared(
     run: RunConfig, model: Model, groups: Groups, first: int, ledger: Path | None
-) -> Iterator[list[TextBatch]]:
+) -> Iterator[tuple[list[TextBatch], StepWork]]:
     assert run.data is not None
     loader = build_loader(run, model, groups)
     weights = [stream.loss_weight for stream in run.data.streams]
@@ -70,7 +86,7 @@ def _prepared(
         for one in of_step:
             logger.warning("sample %d of %s is left out: %s", one.sample.index, one.sample.source, one.problem)
         _refuse_too_much(damaged, samples, run.data.most_damaged, run.data.samples_per_step)
-        yield batches
+        yield batches, work_of_plan(found.plan)
 
 
 def _consumed(found: StepBatches, loader: Loader) -> np.ndarray:
