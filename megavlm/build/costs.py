@@ -23,6 +23,8 @@ from megavlm.model.flops import (
     siglip_patch_flops,
 )
 from megavlm.parallel.split import as_layout, balanced_split
+from megavlm.platform import machine
+from megavlm.platform.device import bf16_peak_tflops
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,6 +80,11 @@ def part_costs(run: RunConfig, work: Work) -> PartCosts:
     layer = layer_flops(run.decoder, work.tokens, work.pairs).of_step(flows=True, learns="decoder" in run.trainable)
     layers = run.decoder.num_layers
     return PartCosts(tower, connector, [layer] * layers, [0.0] * layers, _head(run, work))
+
+
+def peak_tflops(run: RunConfig) -> float | None:
+    """What this process's chip could compute at best, in TFLOP/s; None where neither the run nor its name says it."""
+    return run.log.peak_tflops or bf16_peak_tflops(machine.chip()[0])
 
 
 @dataclass(frozen=True)

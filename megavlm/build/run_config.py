@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from megavlm.build.log_config import LogConfig
 from megavlm.checkpoint.manager import CheckpointConfig
 from megavlm.config import Config, require
 from megavlm.data.chat import ChatConfig
@@ -36,6 +37,7 @@ __all__ = [
     "DecoderConfig",
     "EvaConfig",
     "InfiMMConfig",
+    "LogConfig",
     "OptimizerConfig",
     "OverLong",
     "PackLimits",
@@ -139,6 +141,8 @@ class RunConfig(Config):
     """Folders of weights."""
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     """The state of training on disk."""
+    log: LogConfig = field(default_factory=LogConfig)
+    """What the run tells of itself."""
     transformer_impl: Implementation = "auto"
     """Whose layers: Transformer Engine's, megatron-core's local ones, or auto (the former where installed)."""
     make_vocab_size_divisible_by: int = 128

@@ -6,8 +6,18 @@ from megavlm.build.run_config import RunConfig
 from megavlm.parallel.groups import Groups
 from megavlm.train.callbacks.base import Callback
 from megavlm.train.callbacks.console import Console
+from megavlm.train.callbacks.json_lines import JsonLines
+from megavlm.train.callbacks.metrics import Metrics, Sink
 
 
 def build_callbacks(run: RunConfig, groups: Groups) -> list[Callback]:
     """Those that the run's settings ask for, in the order in which they are called."""
-    return [Console(run, groups)]
+    return [Console(run, groups), Metrics(run, groups, build_sinks(run))]
+
+
+def build_sinks(run: RunConfig) -> list[Sink]:
+    """The places that are told of the run beside the console."""
+    sinks: list[Sink] = []
+    if run.log.log_json is not None:
+        sinks.append(JsonLines(run.log.log_json))
+    return sinks
