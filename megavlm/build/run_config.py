@@ -74,6 +74,8 @@ class TrainConfig(Config):
     """Seed of fresh weights, data and dropout."""
     log_interval: int = 1
     """Steps between two log lines."""
+    max_nan_iterations: int = 3
+    """Steps in a row whose loss or gradient may be not finite, each left out, before the run stops."""
     exit_duration_in_mins: float | None = None
     """Minutes from the start of the process behind which the run saves, and ends with exit code 75; none: no limit."""
     exit_interval: int | None = None
@@ -83,7 +85,7 @@ class TrainConfig(Config):
     Aquila-VL tiles, of which an image has several."""
 
     def check(self) -> None:
-        for name in ("train_iters", "global_batch_size", "micro_batch_size", "log_interval"):
+        for name in ("train_iters", "global_batch_size", "micro_batch_size", "log_interval", "max_nan_iterations"):
             require(getattr(self, name) >= 1, self, name, "must be at least 1", "use a positive number")
         for name in ("exit_duration_in_mins", "exit_interval"):
             value = getattr(self, name)

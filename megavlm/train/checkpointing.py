@@ -89,6 +89,11 @@ class Checkpointing:
             return None
         return self._manager.save(self._state, step)
 
+    def wait(self) -> None:
+        """Until a save in the background is on disk."""
+        if self._manager is not None:
+            self._manager.finish(self._state)
+
     def finish(self, step: int) -> None:
         """Save the end of the run, and wait until it is on disk."""
         if self._manager is None:

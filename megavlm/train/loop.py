@@ -8,12 +8,14 @@ from dataclasses import dataclass
 
 from megavlm.build.model import Model
 from megavlm.build.run_config import RunConfig
+from megavlm.errors import DivergedError
 from megavlm.log import get_logger
 from megavlm.parallel.groups import Groups
 from megavlm.parallel.wrap import gather_parameters
 from megavlm.train.callbacks import build_callbacks
 from megavlm.train.callbacks.chain import Chain
 from megavlm.train.feed import FedStep, feed
+from megavlm.train.finite import FiniteCheck
 from megavlm.train.progress import Progress
 from megavlm.train.report import RunStart
 from megavlm.train.stopping import Stopping
@@ -43,13 +45,14 @@ def train(run: RunConfig, groups: Groups) -> Outcome:
     stopped = stopping.agreed()
     try:
         chain.start(RunStart(run=run, groups=groups, model=training.model, first_iteration=done + 1))
-        progress = Progress(run)
+        progress, finite = Progress(run), FiniteCheck(run.train, groups)
         for waited, step in timed(feed(run, training.model, groups, done)) if not stopped else ():
             iteration = step.iteration
             chain.before_step(iteration)
             rates = training.learning_rates()
             result = training.step(step, stopping.wanted())
             chain.after_step(progress.report(step, result, rates, waited))
+            finite.after_step(step, result)
             blocked = training.checkpointing.after_step(iteration)
             if blocked is not None:
                 chain.saved(iteration, blocked)
@@ -57,6 +60,9 @@ def train(run: RunConfig, groups: Groups) -> Outcome:
             if stopped:
                 break
             progress.next_step()
+    except DivergedError:
+        training.checkpointing.wait()
+        raise
     finally:
         chain.end(iteration)
     if iteration > done or not stopped:

@@ -17,7 +17,7 @@ class Progress:
 
     def __init__(self, run: RunConfig) -> None:
         self._run = run
-        self._skipped = 0
+        self._skipped = self._nan = 0
         self._began = time.perf_counter()
 
     def next_step(self) -> None:
@@ -27,6 +27,7 @@ class Progress:
     def report(self, step: FedStep, result: StepResult, rates: Mapping[str, float], waited: float) -> StepReport:
         """What is told of a step that is done."""
         self._skipped += not result.applied
+        self._nan += not result.applied  # bf16 and float32 have no loss scale that a step could be skipped for
         return StepReport(
             iteration=step.iteration,
             train_iters=self._run.train.train_iters,
@@ -36,7 +37,7 @@ class Progress:
             grad_norm=result.grad_norm,
             applied=result.applied,
             skipped=self._skipped,
-            nan=0,
+            nan=self._nan,
             seconds=time.perf_counter() - self._began,
             waited=waited,
             work=replace(step.work, target_tokens=result.target_tokens),

@@ -37,7 +37,15 @@ class Training:
 
     def step(self, step: FedStep, stop: int) -> StepResult:
         """One optimizer step; `stop` is why this rank wants it to be the last one, or 0."""
-        result = train_step(self.chunks, self.optimizer, step.batches, self.groups, self.model.inputs, stop)
+        result = train_step(
+            self.chunks,
+            self.optimizer,
+            step.batches,
+            self.groups,
+            self.model.inputs,
+            sources=step.sources,
+            stop=stop,
+        )
         if result.applied:
             self.scheduler.step(increment=1)
         return result
