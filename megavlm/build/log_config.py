@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from importlib.util import find_spec
 
 from megavlm.config import Config, require
+from megavlm.errors import UnavailableError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,3 +70,14 @@ class LogConfig(Config):
         for name in ("wandb_exp_name", "wandb_entity", "wandb_save_dir"):
             alone = getattr(self, name) is not None and self.wandb_project is None
             require(not alone, self, name, "is for a run in W&B, and there is no project", "add --wandb-project NAME")
+
+
+def check_installed(log: LogConfig) -> None:
+    """Refuse what needs a package that is not installed, before anything is built."""
+    for option, value, package in (
+        ("--tensorboard-dir", log.tensorboard_dir, "tensorboard"),
+        ("--wandb-project", log.wandb_project, "wandb"),
+    ):
+        if value is not None and find_spec(package) is None:
+            problem = f"needs the package {package}, which is not installed"
+            raise UnavailableError(option, value, problem, f"run `pip install {package}`, or leave {option} out")

@@ -21,7 +21,7 @@ class Progress:
         self._is_terminal = self._stream.isatty()
         self._period = ON_TERMINAL if self._is_terminal else ELSEWHERE
         self._made = self._start = self._last = time.monotonic()
-        self._before = 0
+        self._before = self._done = 0
 
     def update(self, done: int) -> None:
         """Say how much is done, unless that was said a moment ago."""
@@ -44,7 +44,13 @@ class Progress:
             print("\r\033[K", end="", file=self._stream, flush=True)
             self._last = 0.0
 
+    def redraw(self) -> None:
+        """Put the line back on a terminal, behind what took its place."""
+        if self._is_terminal:
+            self._write(self._done, time.monotonic())
+
     def _write(self, done: int, now: float) -> None:
+        self._done = done
         text = line(self._job, done, self._total, self._unit, done - self._before, now - self._start)
         start, end = ("\r\033[K", "") if self._is_terminal else ("", "\n")
         print(start + text, file=self._stream, flush=True, end=end)

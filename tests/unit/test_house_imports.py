@@ -65,7 +65,11 @@ standard library and the packages in EVERYWHERE. A missing room (cli, bench) may
 EVERYWHERE = ("torch", "numpy")
 EXPORTED_FILES = "megavlm.export.infimm_files"
 FREE_ROOMS = ("cli", "commands", "data_commands", "bench", "__main__")
-EXTRA_PACKAGES = {"megavlm.infer.record": ("transformers", "safetensors"), "megavlm.platform.cpu": ("megatron.core",)}
+EXTRA_PACKAGES = {
+    "megavlm.infer.record": ("transformers", "safetensors"),
+    "megavlm.platform.cpu": ("megatron.core",),
+    "megavlm.train.callbacks.weights_and_biases": ("wandb",),
+}
 """Single modules that may import more than their room."""
 
 FORBIDDEN_EVERYWHERE = ("megatron.training", "megatron.legacy")

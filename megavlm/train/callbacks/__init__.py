@@ -8,6 +8,8 @@ from megavlm.train.callbacks.base import Callback
 from megavlm.train.callbacks.console import Console
 from megavlm.train.callbacks.json_lines import JsonLines
 from megavlm.train.callbacks.metrics import Metrics, Sink
+from megavlm.train.callbacks.tensorboard import TensorBoard
+from megavlm.train.callbacks.weights_and_biases import WeightsAndBiases
 
 
 def build_callbacks(run: RunConfig, groups: Groups) -> list[Callback]:
@@ -20,4 +22,8 @@ def build_sinks(run: RunConfig) -> list[Sink]:
     sinks: list[Sink] = []
     if run.log.log_json is not None:
         sinks.append(JsonLines(run.log.log_json))
+    if run.log.tensorboard_dir is not None:
+        sinks.append(TensorBoard(run.log.tensorboard_dir))
+    if run.log.wandb_project is not None:
+        sinks.append(WeightsAndBiases(run))
     return sinks
