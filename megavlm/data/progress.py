@@ -25,7 +25,7 @@ class Progress:
 
     def update(self, done: int) -> None:
         """Say how much is done, unless that was said a moment ago."""
-        now = time.monotonic()
+        now, self._done = time.monotonic(), done
         if now - self._made < WARM_UP:
             self._start, self._before = now, done
         if now - self._last >= self._period:
@@ -50,7 +50,6 @@ class Progress:
             self._write(self._done, time.monotonic())
 
     def _write(self, done: int, now: float) -> None:
-        self._done = done
         text = line(self._job, done, self._total, self._unit, done - self._before, now - self._start)
         start, end = ("\r\033[K", "") if self._is_terminal else ("", "\n")
         print(start + text, file=self._stream, flush=True, end=end)

@@ -6,6 +6,7 @@ import json
 import logging
 import struct
 import sys
+import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -56,16 +57,21 @@ def read_offline(folder: Path) -> tuple[str, list[dict[str, Any]]]:
     from wandb.proto import wandb_internal_pb2 as proto
 
     (path,) = folder.glob("run-*.wandb")
-    steps, name = [], ""
-    for data in leveldb_records(path.read_bytes()):
-        record = proto.Record()
-        record.ParseFromString(data)
-        kind = record.WhichOneof("record_type")
-        if kind == "run":
-            name = record.run.run_id
-        if kind == "history":
-            items = record.history.item
-            steps.append({".".join(one.nested_key) or one.key: json.loads(one.value_json) for one in items})
+    steps: list[dict[str, Any]] = []
+    name = kind = ""
+    deadline = time.monotonic() + 60
+    while kind != "exit":  # the process that writes it may be a moment behind
+        assert time.monotonic() < deadline, f"{path} is never finished"
+        steps.clear()
+        for data in leveldb_records(path.read_bytes()):
+            record = proto.Record()
+            record.ParseFromString(data)
+            kind = str(record.WhichOneof("record_type"))
+            if kind == "run":
+                name = record.run.run_id
+            if kind == "history":
+                items = record.history.item
+                steps.append({".".join(one.nested_key) or one.key: json.loads(one.value_json) for one in items})
     return name, steps
 
 
