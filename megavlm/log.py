@@ -7,6 +7,7 @@ to standard error from every rank, marked with it.
 from __future__ import annotations
 
 import logging
+import math
 import sys
 import warnings
 from collections.abc import Mapping
@@ -60,6 +61,21 @@ def iteration_line(stats: IterationStats, now: datetime) -> str:
 def _speed(figure: float) -> str:
     """As Megatron writes it; a laptop's TFLOP/s need more places to be seen."""
     return f"{figure:.1f}" if figure >= 1 or figure == 0 else f"{figure:.4f}"
+
+
+def validation_line(iteration: int, losses: Mapping[str, float]) -> str:
+    """What Megatron-LM says of an evaluation, to the space."""
+    fields = [f" validation loss at iteration {iteration}"]
+    for name, loss in losses.items():
+        fields += [f"{name} value: {loss:.6E}", f"{name} PPL: {math.exp(min(20, loss)):.6E}"]
+    return " | ".join(fields) + " | "
+
+
+def log_validation(iteration: int, losses: Mapping[str, float]) -> None:
+    """Print that line between two of dashes, from the rank that calls."""
+    line = validation_line(iteration, losses)
+    for text in ("-" * (len(line) + 1), line, "-" * (len(line) + 1)):
+        get_logger(__name__).info("%s", text, extra={"from_any_rank": True})
 
 
 def log_iteration(stats: IterationStats) -> None:

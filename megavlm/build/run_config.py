@@ -74,6 +74,11 @@ class TrainConfig(Config):
     """Seed of fresh weights, data and dropout."""
     log_interval: int = 1
     """Steps between two log lines."""
+    eval_interval: int | None = None
+    """Steps between two evaluations on held-out data (`--valid-data-path`), with one at the end; none: no evaluation.
+    It changes nothing of the training."""
+    eval_iters: int = 10
+    """Global batches of held-out data in each evaluation, the same ones each time."""
     max_nan_iterations: int = 3
     """Steps in a row whose loss or gradient may be not finite, each left out, before the run stops."""
     exit_duration_in_mins: float | None = None
@@ -85,9 +90,16 @@ class TrainConfig(Config):
     Aquila-VL tiles, of which an image has several."""
 
     def check(self) -> None:
-        for name in ("train_iters", "global_batch_size", "micro_batch_size", "log_interval", "max_nan_iterations"):
+        for name in (
+            "train_iters",
+            "global_batch_size",
+            "micro_batch_size",
+            "log_interval",
+            "eval_iters",
+            "max_nan_iterations",
+        ):
             require(getattr(self, name) >= 1, self, name, "must be at least 1", "use a positive number")
-        for name in ("exit_duration_in_mins", "exit_interval"):
+        for name in ("eval_interval", "exit_duration_in_mins", "exit_interval"):
             value = getattr(self, name)
             require(value is None or value > 0, self, name, "must be above 0", "use a positive number, or leave it out")
         require(self.images_per_row >= 0, self, "images_per_row", "must not be negative", "use 0 for text alone")
@@ -200,6 +212,7 @@ class RunConfig(Config):
             "is for a trained vision tower, and this run's is frozen",
             "leave --tower-lr out, or name tower among --trainable",
         )
+        self._check_evaluation()
         parts = PARTS_OF_INFIMM if self.infimm else PARTS_OF_AQUILA_VL if self.aquila_vl else ("decoder",)
         require(
             any(part in parts for part in self.trainable),
@@ -215,6 +228,15 @@ class RunConfig(Config):
             "must be at least 1",
             "use 128",
         )
+
+    def _check_evaluation(self) -> None:
+        if self.data is None:
+            return
+        is_there, is_asked_for = self.data.valid_path is not None, self.train.eval_interval is not None
+        remedy = "give --valid-data-path as well, or leave --eval-interval out"
+        require(is_there or not is_asked_for, self, "train.eval_interval", "has no held-out data", remedy)
+        remedy = "give --eval-interval as well, or leave --valid-data-path out"
+        require(is_asked_for or not is_there, self, "data.valid_path", "is never evaluated on", remedy)
 
 
 def check_degrees(run: RunConfig, world_size: int) -> None:

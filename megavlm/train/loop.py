@@ -15,6 +15,7 @@ from megavlm.parallel.groups import Groups
 from megavlm.parallel.wrap import gather_parameters
 from megavlm.train.callbacks import build_callbacks
 from megavlm.train.callbacks.chain import Chain
+from megavlm.train.evaluation import Evaluation
 from megavlm.train.feed import FedStep, feed
 from megavlm.train.finite import FiniteCheck
 from megavlm.train.progress import Progress
@@ -46,6 +47,7 @@ def train(run: RunConfig, groups: Groups) -> Outcome:
     stopped = stopping.agreed()
     try:
         chain.start(RunStart(run=run, groups=groups, model=training.model, first_iteration=done + 1))
+        evaluation = Evaluation(training, stopping)
         progress, finite = Progress(run), FiniteCheck(run.train, groups)
         for waited, step in timed(feed(run, training.model, groups, done)) if not stopped else ():
             iteration = step.iteration
@@ -58,6 +60,10 @@ def train(run: RunConfig, groups: Groups) -> Outcome:
             if blocked is not None:
                 chain.saved(iteration, blocked)
             stopped = stopping.reason(result.stop, iteration)
+            if not stopped:
+                losses, stopped = evaluation.after_step(iteration)
+                if losses is not None:
+                    chain.evaluated(iteration, losses)
             if stopped:
                 break
             progress.next_step()

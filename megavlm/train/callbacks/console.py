@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from megavlm.build.run_config import RunConfig
-from megavlm.log import THROUGHPUT, IterationStats, log_iteration
+from megavlm.log import THROUGHPUT, IterationStats, log_iteration, log_validation
 from megavlm.parallel.groups import Groups
 from megavlm.train.callbacks.base import Callback
 from megavlm.train.callbacks.window import LoggedSteps, Window
@@ -22,6 +24,10 @@ class Console(Callback):
         logged = self._window.add(report) if self._speaks else None
         if logged is not None:
             log_iteration(self._stats(logged))
+
+    def evaluated(self, iteration: int, losses: Mapping[str, float]) -> None:
+        if self._speaks:
+            log_validation(iteration, losses)
 
     def _stats(self, logged: LoggedSteps) -> IterationStats:
         last = logged.last
