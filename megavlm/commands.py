@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -10,6 +11,7 @@ from contextlib import contextmanager
 import torch
 
 from megavlm.build.data_check import check_data
+from megavlm.build.from_checkpoint import run_from_checkpoint
 from megavlm.build.from_folder import run_from_folder
 from megavlm.build.model import build_model
 from megavlm.build.run_config import PrecisionConfig, RunConfig, check_degrees, check_for_world
@@ -34,6 +36,8 @@ from megavlm.train.loop import train as run_training
 logger = get_logger(__name__)
 
 HELP = ("-h", "--help")
+_SOURCES = ("--hf", "--load", "--tokenizer")
+"""What names the model of a command."""
 
 
 def recipes(arguments: list[str]) -> int:
@@ -66,7 +70,7 @@ def train(arguments: list[str]) -> int:
         groups = process_groups.start(run.parallel, run.train.seed)
         model = run_training(run, groups)
         if run.weights.export_hf is not None:
-            export_model(model, run, groups, run.weights.export_hf, tokenizer_from=run.weights.load_hf)
+            export_model(model, run, groups, run.weights.export_hf, tokenizer_from=run.tokenizer_folder)
             logger.info("exported to %s", run.weights.export_hf)
     return 0
 
@@ -74,7 +78,7 @@ def train(arguments: list[str]) -> int:
 def verify_hf(arguments: list[str]) -> int:
     """`megavlm verify-hf`: a folder's model on recorded cases; exit code 1 where it is off by more than allowed."""
     usage = (
-        "verify-hf --hf DIR --cases FILE [--json] [--tensor-model-parallel-size N ...]\n"
+        "verify-hf --hf DIR | --load CHECKPOINT --cases FILE [--json] [--tensor-model-parallel-size N ...]\n"
         "       megavlm verify-hf --hf DIR --against transformers [--save-cases FILE] [--seed N] [--json] [...]"
     )
     if _wants_help(arguments, usage):
@@ -82,9 +86,9 @@ def verify_hf(arguments: list[str]) -> int:
     with _joined() as world_size:
         with agreed():
             own, options = take_options(
-                arguments, ["--hf"], ["--cases", "--against", "--save-cases", "--seed"], flags=["--json"]
+                arguments, [], [*_SOURCES, "--cases", "--against", "--save-cases", "--seed"], flags=["--json"]
             )
-            run = _run_of_folder(own["--hf"], options, "verify-hf")
+            run, _ = _run_of(own, options, "verify-hf")
             check_degrees(run, world_size)
         groups = process_groups.start(run.parallel)
         with _cases_file(own, run, groups.rank) as file:
@@ -98,22 +102,24 @@ def verify_hf(arguments: list[str]) -> int:
 
 
 def export_hf(arguments: list[str]) -> int:
-    """`megavlm export-hf`: load a folder under a layout and write it again from the weights that are held then."""
+    """`megavlm export-hf`: load a folder or a checkpoint under a layout and write what is held then as a folder."""
     usage = (
         "export-hf --hf DIR --out DIR [--layout transformers|llava-next] [--params-dtype bfloat16]\n"
-        "                         [--tensor-model-parallel-size N ...]"
+        "                         [--tensor-model-parallel-size N ...]\n"
+        "       megavlm export-hf --load CHECKPOINT --out DIR [--tokenizer DIR] [...]\n\n"
+        "CHECKPOINT is a folder that --save has filled, or one checkpoint in it."
     )
     if _wants_help(arguments, usage):
         return 0
     with _joined() as world_size:
         with agreed():
-            own, options = take_options(arguments, ["--hf", "--out"], ["--layout"])
+            own, options = take_options(arguments, ["--out"], [*_SOURCES, "--layout"])
             layout = _layout(own.get("--layout", "transformers"))
-            run = _run_of_folder(own["--hf"], options, "export-hf")
+            run, tokenizer = _run_of(own, options, "export-hf")
             check_degrees(run, world_size)
             _refuse_existing("--out", own["--out"])
         groups = process_groups.start(run.parallel)
-        export_model(build_model(run, groups), run, groups, own["--out"], tokenizer_from=own["--hf"], layout=layout)
+        export_model(build_model(run, groups), run, groups, own["--out"], tokenizer_from=tokenizer, layout=layout)
     return 0
 
 
@@ -174,7 +180,7 @@ def _import_eva(arguments: list[str]) -> None:
 
 def generate(arguments: list[str]) -> int:
     """`megavlm generate --hf DIR --prompt TEXT [--image FILE ...]`, alone or on every rank of torchrun."""
-    with _joined() as world_size:
+    with _joined(logging.WARNING) as world_size:
         with agreed():
             question = read_question(parse_options(GenerateConfig(), arguments, "megavlm generate"), world_size)
         groups = process_groups.start(question.run.parallel)
@@ -202,20 +208,33 @@ def _cases_file(own: Mapping[str, str], run: RunConfig, rank: int) -> Iterator[s
 
 
 @contextmanager
-def _joined() -> Iterator[int]:
+def _joined(level: int = logging.INFO) -> Iterator[int]:
     """The processes of this run joined (how many they are), and left at the end, also after an error."""
     try:
         world_size = process_groups.join()
-        setup_logging(int(os.environ.get("RANK", "0")), world_size)
+        setup_logging(int(os.environ.get("RANK", "0")), world_size, level)
         yield world_size
     finally:
         process_groups.leave()
 
 
-def _run_of_folder(folder: str, options: Sequence[str], command: str) -> RunConfig:
-    """In float32, unless the options say otherwise: these commands compare and convert."""
-    run = run_from_folder(folder).replace(precision=PrecisionConfig(params_dtype="float32"))
-    return parse_options(run, options, prog=f"megavlm {command}")
+def _run_of(own: Mapping[str, str], options: Sequence[str], command: str) -> tuple[RunConfig, str | None]:
+    """Of a folder or a checkpoint, with its tokenizer.
+
+    In float32 unless the options say otherwise, for these commands compare and convert; but a checkpoint is exported as
+    it was trained.
+    """
+    if ("--hf" in own) == ("--load" in own):
+        problem = "names a Hugging Face folder or --load a checkpoint, one of which is needed"
+        raise ConfigError("--hf", own.get("--hf"), problem, f"`megavlm {command} --help` shows both")
+    tokenizer: str | None = own.get("--hf")
+    if "--hf" in own:
+        run = run_from_folder(own["--hf"])
+    else:
+        run, tokenizer = run_from_checkpoint(own["--load"])
+    if "--hf" in own or command == "verify-hf":
+        run = run.replace(precision=PrecisionConfig(params_dtype="float32"))
+    return parse_options(run, options, prog=f"megavlm {command}"), own.get("--tokenizer", tokenizer)
 
 
 def _dtype(own: Mapping[str, str], rest: Sequence[str]) -> torch.dtype:
