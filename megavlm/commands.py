@@ -32,6 +32,7 @@ from megavlm.parallel import groups as process_groups
 from megavlm.parallel.agree import agreed
 from megavlm.recipes import listing, recipe
 from megavlm.train.loop import train as run_training
+from megavlm.train.stopping import EX_TEMPFAIL
 
 logger = get_logger(__name__)
 
@@ -54,7 +55,10 @@ def recipes(arguments: list[str]) -> int:
 
 
 def train(arguments: list[str]) -> int:
-    """`megavlm train RECIPE [--options]`, alone or on every rank of torchrun."""
+    """`megavlm train RECIPE [--options]`, alone or on every rank of torchrun.
+
+    A run that was asked to stop early has saved, exports nothing, and ends with exit code 75.
+    """
     if not arguments or arguments[0] in HELP:
         print("usage: [torchrun --nproc-per-node N -m] megavlm train RECIPE [--options]\n")
         print("`megavlm recipes` lists the recipes; `megavlm train RECIPE --help` all options of one.")
@@ -68,9 +72,11 @@ def train(arguments: list[str]) -> int:
             _refuse_existing("--export-hf", run.weights.export_hf)
         logger.info("%s", run.to_yaml())
         groups = process_groups.start(run.parallel, run.train.seed)
-        model = run_training(run, groups)
+        outcome = run_training(run, groups)
+        if outcome.stopped is not None:
+            return EX_TEMPFAIL
         if run.weights.export_hf is not None:
-            export_model(model, run, groups, run.weights.export_hf, tokenizer_from=run.tokenizer_folder)
+            export_model(outcome.model, run, groups, run.weights.export_hf, tokenizer_from=run.tokenizer_folder)
             logger.info("exported to %s", run.weights.export_hf)
     return 0
 

@@ -72,13 +72,22 @@ class TrainConfig(Config):
     """Seed of fresh weights, data and dropout."""
     log_interval: int = 1
     """Steps between two log lines."""
+    max_nan_iterations: int = 3
+    """Steps in a row whose loss or gradient may be not finite, each left out, before the run stops."""
+    exit_duration_in_mins: float | None = None
+    """Minutes from the start of the process behind which the run saves, and ends with exit code 75; none: no limit."""
+    exit_interval: int | None = None
+    """The run saves and ends, with exit code 75, behind each step that this divides; none: it runs to its end."""
     images_per_row: float = 1.0
     """What the tower sees of a row on average, by which `--pipeline-model-parallel-layout auto` weighs it: images; of
     Aquila-VL tiles, of which an image has several."""
 
     def check(self) -> None:
-        for name in ("train_iters", "global_batch_size", "micro_batch_size", "log_interval"):
+        for name in ("train_iters", "global_batch_size", "micro_batch_size", "log_interval", "max_nan_iterations"):
             require(getattr(self, name) >= 1, self, name, "must be at least 1", "use a positive number")
+        for name in ("exit_duration_in_mins", "exit_interval"):
+            value = getattr(self, name)
+            require(value is None or value > 0, self, name, "must be above 0", "use a positive number, or leave it out")
         require(self.images_per_row >= 0, self, "images_per_row", "must not be negative", "use 0 for text alone")
         require(0 <= self.seed < 2**62, self, "seed", "is no seed", "use a number from 0 to 2**62")
         require(self.seq_length >= 2, self, "seq_length", "leaves nothing to predict", "use at least 2")

@@ -13,6 +13,7 @@ from megatron.core.distributed import (
     DistributedDataParallelConfig,
 )
 from megatron.core.optimizer import (
+    ChainedOptimizer,
     MegatronOptimizer,
     ParamKey,
     ParamWithNamePredicate,
@@ -20,6 +21,7 @@ from megatron.core.optimizer import (
     get_standard_config_overrides,
 )
 from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
+from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.optimizer_param_scheduler import ParamGroupOverride
 from megatron.core.transformer.module import MegatronModule
 
@@ -192,9 +194,31 @@ def make_optimizer(
             max_lr=config.tower_lr, min_lr=config.min_lr * config.tower_lr / config.lr
         )
     optimizer = get_megatron_optimizer(megatron_config, chunks, overrides, use_gloo_process_groups=False)
+    assert isinstance(optimizer, ChainedOptimizer), "of dense models always"
     for group in optimizer.param_groups:
         # Only torch's AdamW has this switch, off where it is not asked for: a loop of single operations then takes six
         # times as long on a CPU. Transformer Engine's and apex's AdamW are fused anyway.
         if "fused" in group:
             group["fused"] = True
     return optimizer
+
+
+@torch.no_grad()
+def gradient_norm(optimizer: MegatronOptimizer) -> float:
+    """The norm of the whole gradient, which this also hands to the optimizer; the same on every rank."""
+    optimizer.prepare_grads()
+    return float(optimizer.get_grad_norm())
+
+
+@torch.no_grad()
+def update_weights(optimizer: MegatronOptimizer, norm: float) -> None:
+    """Clip what `gradient_norm` handed over, and step.
+
+    megatron-core's own `step` does all three at once, and so changes the weights whatever the norm is.
+    """
+    assert isinstance(optimizer, ChainedOptimizer)
+    for one in optimizer.chained_optimizers:
+        parameters = [] if one.is_stub_optimizer else one.get_parameters()
+        if parameters and one.config.clip_grad > 0:
+            clip_grad_by_total_norm_fp32(parameters, one.config.clip_grad, norm)
+    optimizer.step_with_ready_grads()

@@ -72,14 +72,20 @@ class Checkpointing:
             raise CheckpointError("--load", load, "holds no checkpoint", "name a folder that --save has filled")
         return step
 
-    def after_step(self, step: int) -> None:
-        """Save if it is time, and look after a save in the background."""
+    def after_step(self, step: int) -> float | None:
+        """Save if it is time, and look after a save in the background; for how long a save stopped training, in ms."""
         if self._manager is None:
-            return
+            return None
         self._manager.poll(self._state)
         interval = self._settings.save_interval
-        if interval is not None and step % interval == 0:
-            self._manager.save(self._state, step)
+        if interval is None or step % interval:
+            return None
+        return self._manager.save(self._state, step)
+
+    def wait(self) -> None:
+        """Until a save in the background is on disk."""
+        if self._manager is not None:
+            self._manager.finish(self._state)
 
     def finish(self, step: int) -> None:
         """Save the end of the run, and wait until it is on disk."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
@@ -32,3 +34,16 @@ def build_optimizer(
         wd_incr_style="constant",
     )
     return optimizer, scheduler
+
+
+def learning_rates(scheduler: OptimizerParamScheduler, run: RunConfig) -> Mapping[str, float]:
+    """Of the step to come: that of the run under "", and by part where it has another one.
+
+    Asked of the schedule and not of the optimizer, which on some ranks has nothing to learn.
+    """
+    settings = run.optimizer
+    found = {"": scheduler.get_lr({})}
+    if settings.tower_lr is not None:
+        lowest = settings.min_lr * settings.tower_lr / settings.lr
+        found["tower"] = scheduler.get_lr({"max_lr": settings.tower_lr, "min_lr": lowest})
+    return found

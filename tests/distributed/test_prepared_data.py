@@ -104,8 +104,8 @@ def train(family: str, world: str, degrees: dict[str, Any], steps: int, ledger: 
     optimizer, scheduler = build_optimizer(chunks, run)
     scheduler.step(increment=1)
     found = []
-    for batches in feed(run, model, groups, 0, Path(ledger) if ledger else None):
-        result = train_step(chunks, optimizer, batches, groups, model.inputs)
+    for step in feed(run, model, groups, 0, Path(ledger) if ledger else None):
+        result = train_step(chunks, optimizer, step.batches, groups, model.inputs)
         scheduler.step(increment=1)
         found.append((result.loss, result.grad_norm, result.target_tokens))
     everyone: list[Any] = [None] * world_size

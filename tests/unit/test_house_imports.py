@@ -8,7 +8,7 @@ from fnmatch import fnmatchcase
 import pytest
 from python_source import ROOT, Use, module_name, python_files, relative, uses
 
-BASE_MODULES = ("config", "options", "errors", "log", "batch", "tiles")
+BASE_MODULES = ("config", "options", "errors", "log", "batch", "tiles", "signals")
 """The modules (or folders) directly under megavlm/ that are the room `base`."""
 
 ROOMS: dict[str, dict[str, tuple[str, ...]]] = {
