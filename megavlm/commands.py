@@ -15,6 +15,9 @@ from megavlm.build.from_checkpoint import run_from_checkpoint
 from megavlm.build.from_folder import run_from_folder
 from megavlm.build.model import build_model
 from megavlm.build.run_config import PrecisionConfig, RunConfig, check_degrees, check_for_world
+from megavlm.curriculum.options import chosen_stages, parse_stage_options
+from megavlm.curriculum.run import train_stages
+from megavlm.curriculum.stages import place_stages
 from megavlm.errors import ConfigError
 from megavlm.export.aquila_vl_assemble import assemble_aquila_vl
 from megavlm.export.aquila_vl_folder import SPELLINGS, Layout
@@ -29,41 +32,57 @@ from megavlm.log import get_logger, setup_logging
 from megavlm.model.towers.eva_config import eva_tower
 from megavlm.options import parse_options, take_options
 from megavlm.parallel import groups as process_groups
-from megavlm.parallel.agree import agreed
-from megavlm.recipes import listing, recipe
+from megavlm.parallel.agree import agreed, said_by_first
+from megavlm.recipes import listing, recipe, stages_of
 from megavlm.train.loop import train as run_training
 from megavlm.train.stopping import EX_TEMPFAIL
 
 logger = get_logger(__name__)
 
 HELP = ("-h", "--help")
+_TRAIN_USAGE = """usage: [torchrun --nproc-per-node N -m] megavlm train RECIPE [--options]
+
+`megavlm recipes` lists the recipes; `megavlm train RECIPE --help` all options of one.
+
+RECIPE is MODEL/STAGE for one stage, or MODEL for all of its stages in order:
+
+  megavlm train MODEL --save DIR [--stages STAGE,STAGE] [--option VALUE ...] [STAGE:--option=VALUE ...]
+
+Each stage saves in DIR/STAGE and starts from the weights of the one before. Given again, the command skips what is
+finished and goes on with the rest. Options are for all stages, or for one with STAGE: before them. --export-hf OUT
+writes OUT/STAGE behind each stage."""
 _SOURCES = ("--hf", "--load", "--tokenizer")
 """What names the model of a command."""
 
 
 def recipes(arguments: list[str]) -> int:
-    """`megavlm recipes`: one line each; `megavlm recipes NAME [--options]`: that run, fully resolved, as YAML."""
+    """`megavlm recipes`: one line each; `megavlm recipes NAME [--options]`: that run, or all of that model's stages,
+    fully resolved, as YAML."""
     if arguments[:1] in ([word] for word in HELP):
         print("usage: megavlm recipes [NAME [--options]]\n\nlist the recipes, or print one fully resolved, as YAML")
         return 0
     if arguments:
         name, *options = arguments
-        print(parse_options(recipe(name), options, prog=f"megavlm recipes {name}").to_yaml(), end="")
+        prog = f"megavlm recipes {name}"
+        stages = {stage: recipe(f"{name}/{stage}") for stage in stages_of(name)}
+        found = parse_stage_options(stages, options, prog).values() or [parse_options(recipe(name), options, prog)]
+        print("---\n".join(run.to_yaml() for run in found), end="")
         return 0
     print(listing())
     return 0
 
 
 def train(arguments: list[str]) -> int:
-    """`megavlm train RECIPE [--options]`, alone or on every rank of torchrun.
+    """`megavlm train RECIPE [--options]`, alone or on every rank of torchrun; all stages of RECIPE where it has some.
 
     A run that was asked to stop early has saved, exports nothing, and ends with exit code 75.
     """
     if not arguments or arguments[0] in HELP:
-        print("usage: [torchrun --nproc-per-node N -m] megavlm train RECIPE [--options]\n")
-        print("`megavlm recipes` lists the recipes; `megavlm train RECIPE --help` all options of one.")
+        print(_TRAIN_USAGE)
         return 0
     name, *options = arguments
+    if stages_of(name):
+        return _train_stages(name, options)
     with _joined() as world_size:
         with agreed():
             run = parse_options(recipe(name), options, prog=f"megavlm train {name}")
@@ -79,6 +98,20 @@ def train(arguments: list[str]) -> int:
             export_model(outcome.model, run, groups, run.weights.export_hf, tokenizer_from=run.tokenizer_folder)
             logger.info("exported to %s", run.weights.export_hf)
     return 0
+
+
+def _train_stages(model: str, arguments: list[str]) -> int:
+    with _joined() as world_size:
+        with agreed():
+            runs = {stage: recipe(f"{model}/{stage}") for stage in stages_of(model)}
+            own, options = take_options(arguments, [], ["--stages"])
+            chosen = chosen_stages(own.get("--stages"), list(runs))
+            runs = parse_stage_options(runs, options, prog=f"megavlm train {model}")
+            # What is on disk is looked at once: the others might see it at another moment.
+            rank, _ = process_groups.world_from_environment()
+            stages = place_stages(runs, chosen, world_size) if rank == 0 else []
+        stopped = train_stages(said_by_first(stages))
+    return 0 if stopped is None else EX_TEMPFAIL
 
 
 def verify_hf(arguments: list[str]) -> int:

@@ -11,11 +11,19 @@ from megavlm.errors import CheckpointError
 
 def check_identity(saved: Mapping[str, Any], mine: Mapping[str, Any], file: Path, remedy: str) -> None:
     """Refuse a checkpoint of another model, by the first setting that differs."""
-    theirs, ours = dict(_flat(saved)), dict(_flat(mine))
-    for name in sorted(theirs.keys() | ours.keys()):
-        if theirs.get(name) != ours.get(name):
-            problem = f"this run has {ours.get(name)!r}"
-            raise CheckpointError(f"{file}: {name}", theirs.get(name), problem, remedy)
+    found = differing(saved, mine)
+    if found is not None:
+        name, theirs, ours = found
+        raise CheckpointError(f"{file}: {name}", theirs, f"this run has {ours!r}", remedy)
+
+
+def differing(one: Mapping[str, Any], other: Mapping[str, Any]) -> tuple[str, Any, Any] | None:
+    """The first setting that is not the same, and what it is in both; None where all are."""
+    first, second = dict(_flat(one)), dict(_flat(other))
+    for name in sorted(first.keys() | second.keys()):
+        if first.get(name) != second.get(name):
+            return name, first.get(name), second.get(name)
+    return None
 
 
 def _flat(data: Any, name: str = "") -> list[tuple[str, Any]]:
