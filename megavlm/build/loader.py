@@ -64,7 +64,7 @@ def build_loader(run: RunConfig, model: Model, groups: Groups) -> Loader:
     words = build_words(run)
     grid = _grid(run)
     rule = TILED if run.infimm is None else CLIP
-    decoder = open_decoder(rule, grid, DecodeConfig(decoder=run.data.decoder, threads=run.data.threads))
+    decoder = open_decoder(rule, grid, DecodeConfig(decoder=run.data.decoder, threads=max(1, run.data.threads)))
     own = model.inputs.own_pictures if isinstance(model.inputs, MediaInputs) else no_pictures
     return Loader(
         run.data,
