@@ -24,7 +24,7 @@ from megavlm.model.towers.eva_config import EvaConfig, eva_tower
 from megavlm.model.towers.siglip_config import SIGLIP_SO400M, SiglipConfig
 from megavlm.parallel.layout import ParallelConfig, check_layout, nearest_degrees
 from megavlm.parallel.recompute import RecomputeConfig
-from megavlm.parallel.wrap import DataParallelConfig, OptimizerConfig
+from megavlm.parallel.wrap import PARTS_OF_RATES, DataParallelConfig, OptimizerConfig
 
 __all__ = [
     "SIGLIP_SO400M",
@@ -220,13 +220,7 @@ class RunConfig(Config):
             "has the tower, which then cannot be encoded ahead by all stages",
             "use parallel.vision_over first_stage, or freeze the tower",
         )
-        require(
-            self.optimizer.tower_lr is None or "tower" in self.trainable,
-            self,
-            "optimizer.tower_lr",
-            "is for a trained vision tower, and this run's is frozen",
-            "leave --tower-lr out, or name tower among --trainable",
-        )
+        self._check_rates()
         self._check_evaluation()
         parts = PARTS_OF_INFIMM if self.infimm else PARTS_OF_AQUILA_VL if self.aquila_vl else ("decoder",)
         require(
@@ -243,6 +237,17 @@ class RunConfig(Config):
             "must be at least 1",
             "use 128",
         )
+
+    def _check_rates(self) -> None:
+        for name in self.optimizer.rates:
+            parts = PARTS_OF_RATES[name]
+            require(
+                any(part in self.trainable for part in parts),
+                self,
+                f"optimizer.{name}_lr",
+                f"is for a trained {name.replace('_', '-')}, and this run's is frozen",
+                f"leave --{name.replace('_', '-')}-lr out, or name {' or '.join(parts)} among --trainable",
+            )
 
     def _check_evaluation(self) -> None:
         if self.data is None:

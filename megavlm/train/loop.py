@@ -76,6 +76,7 @@ def train(run: RunConfig, groups: Groups) -> Outcome:
         training.checkpointing.finish(iteration)
     gather_parameters(training.chunks)
     if iteration >= run.train.train_iters:
+        training.checkpointing.check_frozen()
         return Outcome(training.model, iteration, None)
     logger.info("stopped behind step %d of %d: %s", iteration, run.train.train_iters, stopped)
     return Outcome(training.model, iteration, stopped)
