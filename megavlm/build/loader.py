@@ -21,7 +21,7 @@ from megavlm.tiles import GridConfig
 def build_words(run: RunConfig) -> SampleFormat:
     """How the run's family reads samples."""
     assert run.data is not None
-    folder = run.data.tokenizer or run.weights.load_hf
+    folder = run.tokenizer_folder
     if folder is None:
         raise ConfigError("data.tokenizer", None, "is missing", "name a folder with a tokenizer, or use --load-hf")
     tokenizer = Tokenizer(folder)

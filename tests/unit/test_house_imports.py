@@ -53,7 +53,7 @@ ROOMS: dict[str, dict[str, tuple[str, ...]]] = {
         "packages": (),
     },
     "plan": {"rooms": ("base", "build", "data", "model", "parallel"), "packages": ()},
-    "curriculum": {"rooms": ("base", "build", "train", "checkpoint", "export"), "packages": ()},
+    "curriculum": {"rooms": ("base", "build", "train", "parallel", "checkpoint", "export"), "packages": ()},
     "recipes": {"rooms": ("base", "build"), "packages": ()},
     "testing": {"rooms": ("base",), "packages": ()},
     # Code that exported folders carry: transformers runs it where megavlm is not installed.
