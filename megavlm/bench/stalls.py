@@ -9,7 +9,7 @@ passes as they were against the same passes less the time in which the loop stoo
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -130,8 +130,9 @@ class _Run:
 
     def close(self) -> None:
         """End the threads that read ahead."""
-        self._fed.close()
-        self._feed.close()
+        for steps in (self._fed, self._feed):
+            assert isinstance(steps, Generator)
+            steps.close()
 
 
 def _replay(run: _Run, seconds: Callable[[Segment], float]) -> Callable[[], Pass]:
