@@ -94,16 +94,17 @@ def candidates(run: RunConfig, cluster: Cluster) -> Iterator[Choice]:
                 towers_everywhere=everywhere,
                 micro_batch=batch,
             )
-            yield dataclasses.replace(choice, rows_multiple=_rows_multiple(run, choice, cluster))
+            yield with_rows(run, choice, cluster)
 
 
-def _rows_multiple(run: RunConfig, choice: Choice, cluster: Cluster) -> int | None:
-    """The next number of rows that all data-parallel ranks can share, where the run's own cannot be shared."""
+def with_rows(run: RunConfig, choice: Choice, cluster: Cluster) -> Choice:
+    """With the next number of rows that all data-parallel ranks can share, where the run's own cannot be shared."""
     if run.data is None:
-        return None
+        return choice
     at_once = choice.data_parallel(cluster.gpus) * (choice.pipeline if choice.chunks > 1 else 1)
     multiple = run.data.rows.rows_multiple
-    return None if multiple % at_once == 0 else -(-multiple // at_once) * at_once
+    shared = None if multiple % at_once == 0 else -(-multiple // at_once) * at_once
+    return dataclasses.replace(choice, rows_multiple=shared)
 
 
 def search(
