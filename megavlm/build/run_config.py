@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from megavlm.build.log_config import LogConfig
 from megavlm.checkpoint.manager import CheckpointConfig
 from megavlm.config import Config, require
 from megavlm.data.chat import ChatConfig
@@ -36,6 +37,7 @@ __all__ = [
     "DecoderConfig",
     "EvaConfig",
     "InfiMMConfig",
+    "LogConfig",
     "OptimizerConfig",
     "OverLong",
     "PackLimits",
@@ -111,12 +113,22 @@ class WeightsConfig(Config):
 
     load_hf: str | None = None
     """Hugging Face folder to start from; none draws fresh weights from the seed."""
+    pretrained_checkpoint: str | None = None
+    """Folder that --save of another run has filled, or one checkpoint in it, to start from its weights alone: with an
+    optimizer, a schedule and a step of one's own, whatever was trained there and under whatever layout."""
     export_hf: str | None = None
     """Hugging Face folder to write at the end."""
 
     def check(self) -> None:
-        for name in ("load_hf", "export_hf"):
+        for name in ("load_hf", "pretrained_checkpoint", "export_hf"):
             require(getattr(self, name) != "", self, name, "is empty", "name a folder, or leave it out")
+        require(
+            self.load_hf is None or self.pretrained_checkpoint is None,
+            self,
+            "pretrained_checkpoint",
+            f"stands beside load_hf ({self.load_hf}), and weights come from one place",
+            "leave one of them out; --tokenizer names the folder of a tokenizer alone",
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -153,6 +165,8 @@ class RunConfig(Config):
     """Folders of weights."""
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     """The state of training on disk."""
+    log: LogConfig = field(default_factory=LogConfig)
+    """What the run tells of itself."""
     transformer_impl: Implementation = "auto"
     """Whose layers: Transformer Engine's, megatron-core's local ones, or auto (the former where installed)."""
     make_vocab_size_divisible_by: int = 128
@@ -162,6 +176,11 @@ class RunConfig(Config):
     def samples_per_step(self) -> int:
         """The global batch: samples of prepared data, or rows of toy text."""
         return self.train.global_batch_size if self.data is None else self.data.samples_per_step
+
+    @property
+    def tokenizer_folder(self) -> str | None:
+        """Where the tokenizer lies: the folder that the data settings name, or else that of the weights."""
+        return (self.data and self.data.tokenizer) or self.weights.load_hf
 
     def check(self) -> None:
         require(

@@ -14,6 +14,7 @@ from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor, nn
 
+from megavlm import ranges
 from megavlm.batch import TextBatch
 from megavlm.parallel.groups import Groups
 
@@ -90,6 +91,7 @@ class TokenGroups:
     """[rows, length] of each microbatch: the group of each target token, -1 for all others."""
 
 
+@ranges.named("forward-backward")
 def forward_backward(
     chunks: Sequence[DistributedDataParallel],
     batches: Sequence[TextBatch],

@@ -26,6 +26,7 @@ from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.optimizer_param_scheduler import ParamGroupOverride
 from megatron.core.transformer.module import MegatronModule
 
+from megavlm import ranges
 from megavlm.config import Config, option, require
 from megavlm.model.freeze import Part, part_of
 from megavlm.parallel.vision_parallel import finalize_with_vision
@@ -223,6 +224,7 @@ def make_optimizer(
     return optimizer
 
 
+@ranges.named("gradient norm")
 @torch.no_grad()
 def gradient_norm(optimizer: MegatronOptimizer) -> float:
     """The norm of the whole gradient, which this also hands to the optimizer; the same on every rank."""
@@ -230,6 +232,7 @@ def gradient_norm(optimizer: MegatronOptimizer) -> float:
     return float(optimizer.get_grad_norm())
 
 
+@ranges.named("optimizer")
 @torch.no_grad()
 def update_weights(optimizer: MegatronOptimizer, norm: float) -> None:
     """Clip what `gradient_norm` handed over, and step.

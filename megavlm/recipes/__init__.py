@@ -21,11 +21,15 @@ def recipe(name: str) -> RunConfig:
     return RECIPES[name]()
 
 
+def stages_of(model: str) -> list[str]:
+    """The stages that a model goes through, in order; none of a name that stands for itself."""
+    return [name.partition("/")[2] for name in RECIPES if name.startswith(f"{model}/")]
+
+
 def _remedy(name: str) -> str:
     model = name.partition("/")[0]
-    stages = [known for known in RECIPES if known.startswith(f"{model}/")]
-    if stages:
-        return f"use one of {', '.join(stages)}"
+    if stages_of(model):
+        return f"use one of {', '.join(f'{model}/{stage}' for stage in stages_of(model))}"
     meant = nearest(name, [*RECIPES, *(known.partition("/")[0] for known in RECIPES)])
     guess = f"did you mean {meant}? " if meant else ""
     return f"{guess}`megavlm recipes` lists them"
@@ -35,7 +39,8 @@ def listing() -> str:
     """All recipes, each with what it does in a line, the stages of a model together."""
     width = max(map(len, RECIPES))
     groups = []
-    for _, names in groupby(RECIPES, lambda name: name.partition("/")[0] if "/" in name else ""):
-        lines = (f"{name:<{width}}  {(RECIPES[name].__doc__ or '').strip().splitlines()[0]}" for name in names)
+    for model, names in groupby(RECIPES, lambda name: name.partition("/")[0] if "/" in name else ""):
+        lines = [f"{model:<{width}}  All of its stages in order, as one run."] if model else []
+        lines += (f"{name:<{width}}  {(RECIPES[name].__doc__ or '').strip().splitlines()[0]}" for name in names)
         groups.append("\n".join(lines))
     return "\n\n".join(groups)

@@ -10,6 +10,7 @@ from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from megavlm.build.families import state_map_of
+from megavlm.build.identity import model_identity
 from megavlm.build.model import Model
 from megavlm.build.run_config import RunConfig
 from megavlm.checkpoint.frozen import frozen_digests, frozen_name
@@ -20,9 +21,6 @@ from megavlm.log import get_logger
 from megavlm.parallel.groups import Groups
 
 logger = get_logger(__name__)
-
-_MAY_CHANGE = ("hidden_dropout", "attention_dropout", "init_method_std", "max_position_embeddings")
-"""Fields of the decoder that a run may change when it goes on."""
 
 
 def train_state(
@@ -49,13 +47,8 @@ def train_state(
 
 def run_identity(run: RunConfig) -> dict[str, Any]:
     """What makes two runs train the same weights: the model's shape and which parts of it learn."""
-    settings = run.to_dict()
-    decoder = {name: value for name, value in settings["decoder"].items() if name not in _MAY_CHANGE}
-    aquila_vl = settings["aquila_vl"] and {k: v for k, v in settings["aquila_vl"].items() if k != "grid"}
     return {
-        "decoder": decoder,
-        "infimm": settings["infimm"],
-        "aquila_vl": aquila_vl,
+        **model_identity(run),
         "trainable": sorted(run.trainable),
         "params_dtype": run.precision.params_dtype,
     }

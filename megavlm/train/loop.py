@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from megavlm import ranges
 from megavlm.build.model import Model
 from megavlm.build.run_config import RunConfig
 from megavlm.errors import DivergedError
@@ -85,7 +86,8 @@ def timed(steps: Iterator[FedStep]) -> Iterator[tuple[float, FedStep]]:
     """Each step, and for how many seconds it was waited for."""
     while True:
         began = time.perf_counter()
-        step = next(steps, None)
+        with ranges.named("data"):
+            step = next(steps, None)
         if step is None:
             return
         yield time.perf_counter() - began, step
