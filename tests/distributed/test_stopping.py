@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import io
-import json
 import os
 import signal
 import subprocess
@@ -14,19 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from megatron.core import dist_checkpointing
-from prepared_toys import prepare_toys
-from qwen_hf import write_tokenizer
+from text_runs import assert_same_end, prepare_text, text_options
 
 from megavlm import signals
-from megavlm.build.run_config import RunConfig
 from megavlm.checkpoint import manager
 from megavlm.checkpoint.atomic import staging_path
 from megavlm.checkpoint.shelf import checkpoint_path, steps_saved
 from megavlm.cli import main
-from megavlm.data.chat import ChatConfig
-from megavlm.parallel import groups as process_groups
 from megavlm.testing import spawn
 from megavlm.train import evaluation, loop
 from megavlm.train.callbacks.base import Callback
@@ -37,32 +30,13 @@ STEPS = 6
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = tmp_path_factory.mktemp("world")
-    tokenizer = write_tokenizer(root / "tokenizer")
-    prepare_toys(root / "data", tokenizer, ChatConfig(), {"text": 40})
-    return root
+    return prepare_text(tmp_path_factory.mktemp("world"))
 
 
 def command(world: Path, save: Path, *more: str) -> list[str]:
-    """A tiny decoder on prepared text, with dropout, saved every two steps."""
-    options = {
-        "--train-iters": STEPS,
-        "--data-path": world / "data",
-        "--valid-data-path": world / "data",
-        "--eval-interval": 4,
-        "--eval-iters": 2,
-        "--save": save,
-        "--save-interval": 2,
-    }
-    settings = {
-        "decoder.hidden_dropout": 0.1,
-        "decoder.vocab_size": 384,
-        "data.tokenizer": world / "tokenizer",
-        "data.rows": "{max_tokens: 64, rows_multiple: 4, length_multiple: 16}",
-        "data.streams": "[{samples_per_step: 6, over_long: cut, sources: [{name: text, weight: 1}]}]",
-    }
-    words = [word for name, value in options.items() for word in (name, str(value))]
-    return ["train", "decoder-tiny", *words, *(f"{name}={value}" for name, value in settings.items()), *more]
+    """With evaluations behind step 4 and at the end."""
+    held_out = ["--valid-data-path", str(world / "data"), "--eval-interval", "4", "--eval-iters", "2"]
+    return ["train", "decoder-tiny", *text_options(world, save, STEPS), *held_out, *more]
 
 
 def run_command(arguments: list[str], moment: str = "", number: int = 0, times: int = 1) -> int:
@@ -107,22 +81,6 @@ def whole(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save
 
 
-def compare(one: Path, other: Path) -> None:
-    process_groups.join()
-    process_groups.start(RunConfig.from_dict(json.loads((one / "run.json").read_text())["run"]).parallel)
-    mine, theirs = (dist_checkpointing.load_plain_tensors(str(path)) for path in (one, other))
-    assert mine.keys() == theirs.keys()
-    for name, tensor in mine.items():
-        if isinstance(tensor, torch.Tensor):
-            assert torch.equal(tensor, theirs[name]), name
-
-
-def assert_same_end(whole: Path, save: Path) -> None:
-    spawn(compare, 1, checkpoint_path(whole, STEPS), checkpoint_path(save, STEPS))
-    ledgers = [{file.name: file.read_text() for file in folder.glob("ledger/rank-*.jsonl")} for folder in (whole, save)]
-    assert ledgers[0] == ledgers[1]
-
-
 @pytest.mark.parametrize(
     ("moment", "number", "more", "saved"),
     [
@@ -145,7 +103,7 @@ def test_a_stopped_run_goes_on_as_if_nothing_had_been(
     assert codes == [EX_TEMPFAIL, EX_TEMPFAIL]
     assert steps_saved(save) == saved
     assert spawn(run_command, 2, command(world, save), timeout=300) == [0, 0]
-    assert_same_end(whole, save)
+    assert_same_end(whole, save, STEPS)
 
 
 def test_the_second_interrupt_ends_at_once(world: Path, tmp_path: Path) -> None:
@@ -179,4 +137,4 @@ def test_torchrun_waits_for_a_slow_save(seconds: int, world: Path, whole: Path, 
     assert steps_saved(save) == [2, 3], text
     assert "SIGUSR1: the run ends behind this step" in text and "stopped behind step 3 of 6: SIGUSR1" in text
     assert spawn(run_command, 2, command(world, save), timeout=300) == [0, 0]
-    assert_same_end(whole, save)
+    assert_same_end(whole, save, STEPS)

@@ -1,4 +1,4 @@
-"""The stages of the tiny recipes on a small toy world, a few samples a step."""
+"""The stages of the tiny recipes on a small toy world, two samples a step."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from megavlm.recipes import recipe
 STAGES = [f"infimm-tiny/{stage}" for stage in ("pretrain", "multitask", "finetune")]
 STAGES += [f"aquila-vl-tiny/{stage}" for stage in ("1", "2a", "2b", "2c", "3", "4")]
 KINDS: tuple[SampleKind, ...] = ("pairs", "documents", "chat", "multi_image", "text")
-SAMPLES, PER_STEP = 60, 4
+SAMPLES, PER_STEP = 60, 2
 
 
 def prepare_stages(root: Path) -> Path:
@@ -51,8 +51,13 @@ def tiny_stage(name: str, root: Path, degrees: dict[str, Any]) -> RunConfig:
         tags["infimm"] = run.infimm.replace(image_token_id=image)
     if run.aquila_vl is not None:
         tags["aquila_vl"] = run.aquila_vl.replace(image_token_id=image, video_token_id=video)
-    streams = tuple(stream.replace(samples_per_step=PER_STEP) for stream in run.data.streams)
-    data = run.data.replace(path=str(root / "data"), tokenizer=str(root / "tokenizer"), streams=streams)
+    of_each = PER_STEP // len(run.data.streams)
+    data = run.data.replace(
+        path=str(root / "data"),
+        tokenizer=str(root / "tokenizer"),
+        streams=tuple(stream.replace(samples_per_step=of_each) for stream in run.data.streams),
+        rows=run.data.rows.replace(rows_multiple=2),
+    )
     return run.replace(
         data=data,
         parallel=ParallelConfig(**degrees),
