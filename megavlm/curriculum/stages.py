@@ -97,6 +97,7 @@ def _log_of(name: str, log: LogConfig) -> LogConfig:
         log_json=str(file.with_stem(f"{file.stem}-{name}")) if file else None,
         tensorboard_dir=log.tensorboard_dir and str(Path(log.tensorboard_dir) / name),
         profile_dir=log.profile_dir and str(Path(log.profile_dir) / name),
+        wandb_exp_name=log.wandb_exp_name and f"{log.wandb_exp_name}/{name}",
     )
 
 
