@@ -51,7 +51,7 @@ class Stage:
 
 def place_stages(runs: Mapping[str, RunConfig], chosen: Sequence[str], world_size: int) -> list[Stage]:
     """The chosen stages of all of a model's, with every mistake that can be seen now refused."""
-    found = []
+    found: list[Stage] = []
     previous: tuple[str, RunConfig, int] | None = None
     for name, asked in runs.items():
         try:
