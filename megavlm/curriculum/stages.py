@@ -51,7 +51,7 @@ class Stage:
 
 def place_stages(runs: Mapping[str, RunConfig], chosen: Sequence[str], world_size: int) -> list[Stage]:
     """The chosen stages of all of a model's, with every mistake that can be seen now refused."""
-    found = []
+    found: list[Stage] = []
     previous: tuple[str, RunConfig, int] | None = None
     for name, asked in runs.items():
         try:
@@ -97,6 +97,7 @@ def _log_of(name: str, log: LogConfig) -> LogConfig:
         log_json=str(file.with_stem(f"{file.stem}-{name}")) if file else None,
         tensorboard_dir=log.tensorboard_dir and str(Path(log.tensorboard_dir) / name),
         profile_dir=log.profile_dir and str(Path(log.profile_dir) / name),
+        wandb_exp_name=log.wandb_exp_name and f"{log.wandb_exp_name}/{name}",
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -101,8 +102,8 @@ class Choice:
         return ", ".join(parts)
 
     def options(self, run: RunConfig) -> str:
-        """As they are typed behind `megavlm train RECIPE`."""
-        return " ".join(_spelled(path, value) for path, value in self.changes(run) if not _is_default(path, value))
+        """What differs from the run, as it is typed behind `megavlm train RECIPE`."""
+        return " ".join(_spelled(path, value) for path, value in self.changes(run) if _at(run, path) != value)
 
 
 _OPTIONS = {
@@ -117,11 +118,11 @@ _OPTIONS = {
     "recompute.vision_tower": "--recompute-vision-tower",
     "train.micro_batch_size": "--micro-batch-size",
 }
-_DEFAULTS = {"recompute.method": "uniform", "recompute.num_layers": 1}
 
 
-def _is_default(path: str, value: Any) -> bool:
-    return _DEFAULTS.get(path) == value
+def _at(run: RunConfig, path: str) -> Any:
+    value = functools.reduce(getattr, path.split("."), run)
+    return list(value) if isinstance(value, tuple) else value
 
 
 def _spelled(path: str, value: Any) -> str:

@@ -105,7 +105,7 @@ def _again(run: RunConfig, known: Evaluation, cluster: Cluster, rate: Rate, imag
     before, copies = (known.choice.data_parallel(gpus) for gpus in (known.cluster.gpus, cluster.gpus))
     rows = known.microbatches * before
     if copies > rows:
-        return f"{copies} copies of the model share {rows} rows"
+        return f"{copies:,} copies of the model share {rows:,} rows"
     microbatches = -(-rows // copies)
     if choice.chunks > 1:
         microbatches = -(-microbatches // choice.pipeline) * choice.pipeline

@@ -129,13 +129,13 @@ def search(
         else:
             refused.append(Failure(choice, problem))
     judged = _Judged(evaluate, most_traces, progress, is_late)
-    guesses = {choice: _guess(run, choice, cluster) for choice in all_choices}
+    guesses = {choice: _guess(run, choice, cluster) for choice in accepted}
     while accepted:
         # What has been judged tells how far the guesses of memory are off, and so what to try next.
         scale = judged.scale(guesses)
         accepted.sort(key=lambda choice: guesses[choice].order(scale, cluster), reverse=True)
         judged.consider(accepted.pop())
-    return _result(len(all_choices), refused, judged, guesses)
+    return _result(len(all_choices), refused, judged)
 
 
 def refusal(run: RunConfig, choice: Choice, cluster: Cluster) -> str | None:
@@ -266,11 +266,11 @@ def _without_recompute(choice: Choice) -> Choice:
     return dataclasses.replace(choice, recompute="none")
 
 
-def _result(considered: int, refused: list[Failure], judged: _Judged, guesses: Mapping[Choice, _Guess]) -> SearchResult:
+def _result(considered: int, refused: list[Failure], judged: _Judged) -> SearchResult:
     fitting = sorted((one for one in judged.evaluations if one.fits), key=lambda one: one.seconds)
     best = fitting[:BEST]
-    # The nearest to working come first: those that were judged, then refusals by how fast they looked.
-    refusals = sorted(refused, key=lambda failure: guesses[failure.choice].seconds)
+    # Those that were judged came nearest; then the simplest of what was refused.
+    refusals = sorted(refused, key=lambda failure: (failure.choice.model_parallel, failure.choice.chunks))
     failures = _different([*judged.failures, *refusals])
     return SearchResult(
         best=tuple(Ranked(one, reason(one, best[0])) for one in best),

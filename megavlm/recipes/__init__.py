@@ -22,14 +22,16 @@ def recipe(name: str) -> RunConfig:
 
 
 def stages_of(model: str) -> list[str]:
-    """The stages that a model goes through, in order; none of a name that stands for itself."""
-    return [name.partition("/")[2] for name in RECIPES if name.startswith(f"{model}/")]
+    """The stages that a model goes through, in order, without another form of one; none of a name that is no model."""
+    known = (*infimm.STAGES, *aquila_vl.STAGES)
+    return [name.partition("/")[2] for name in RECIPES if name.startswith(f"{model}/") and name.split("/")[1] in known]
 
 
 def _remedy(name: str) -> str:
     model = name.partition("/")[0]
-    if stages_of(model):
-        return f"use one of {', '.join(f'{model}/{stage}' for stage in stages_of(model))}"
+    stages = [known for known in RECIPES if known.startswith(f"{model}/")]
+    if stages:
+        return f"use one of {', '.join(stages)}"
     meant = nearest(name, [*RECIPES, *(known.partition("/")[0] for known in RECIPES)])
     guess = f"did you mean {meant}? " if meant else ""
     return f"{guess}`megavlm recipes` lists them"

@@ -155,7 +155,7 @@ def train_and_watch(runs: dict[str, RunConfig]) -> list[bool]:
         models.extend(weakref.ref(chunk) for chunk in outcome.model.chunks)
         return outcome
 
-    curriculum.train = watching
+    curriculum.train = watching  # type: ignore[assignment]
     train_stages(place_stages(runs, list(STAGES), 1))
     return held
 

@@ -36,7 +36,8 @@ def test_values_go_with_their_option() -> None:
     assert runs["2b"].trainable == ("decoder", "newline")
     assert runs["3"].trainable == RUNS["3"].trainable
     assert {run.train.seed for run in runs.values()} == {8}
-    assert parse_stage_options(RUNS, ["--data-path", "C:data"], "megavlm train")["1"].data.path == "C:data"
+    (data,) = {run.data and run.data.path for run in parse_stage_options(RUNS, ["--data-path", "C:d"], "x").values()}
+    assert data == "C:d"
 
 
 @pytest.mark.parametrize(
@@ -64,7 +65,8 @@ def test_chosen_stages_keep_their_order() -> None:
 
 def test_every_model_has_its_stages(capsys: pytest.CaptureFixture[str]) -> None:
     models = {name.partition("/")[0] for name in RECIPES if "/" in name}
-    assert {f"{model}/{stage}" for model in models for stage in stages_of(model)} == {n for n in RECIPES if "/" in n}
+    found = {f"{model}/{stage}" for model in models for stage in stages_of(model)}
+    assert {name for name in RECIPES if "/" in name} - found == {name for name in RECIPES if name.endswith("-card")}
     assert stages_of("infimm-tiny") == ["pretrain", "multitask", "finetune"]
     assert stages_of("decoder-tiny") == stages_of("infimm") == []
     assert main(["recipes", "infimm-tiny", "finetune:--train-iters=3"]) == 0

@@ -55,6 +55,11 @@ ROOMS: dict[str, dict[str, tuple[str, ...]]] = {
     "plan": {"rooms": ("base", "build", "data", "model", "parallel"), "packages": ()},
     "curriculum": {"rooms": ("base", "build", "train", "parallel", "checkpoint", "export"), "packages": ()},
     "recipes": {"rooms": ("base", "build"), "packages": ()},
+    # The toy world's models from their bases to their answers; what it starts as a process of its own, it imports not.
+    "toy": {
+        "rooms": ("base", "data", "model", "build", "parallel", "checkpoint", "export", "recipes"),
+        "packages": ("safetensors", "tokenizers", "transformers", "PIL"),
+    },
     "testing": {"rooms": ("base",), "packages": ()},
     # Code that exported folders carry: transformers runs it where megavlm is not installed.
     "exported files": {"rooms": (), "packages": ("transformers", "PIL")},
