@@ -15,6 +15,7 @@ setup(
             "py.typed",
             "export/*_files/*.jinja",
             "data/preview_files/*",
+            "plan/page_files/*",
             "toy/bases/*.safetensors",
             "toy/bases/*.json",
         ],
