@@ -29,9 +29,8 @@ class OpCost:
     flops: float = 0.0
     """Executed on this rank, a multiply-add counting two."""
     bytes: float = 0.0
-    """Read and written by all operations of the class; of `comm`, what one rank holds of the whole message: the full
-    reduced tensor, the gathered tensor, or the tensor that is sent. The ring's factor (n-1)/n or 2(n-1)/n is the
-    cluster's business."""
+    """Read and written by all operations of the class; of `comm`, what one rank sends by ring algorithms: an all-reduce
+    of size S over n ranks sends 2 S (n-1) / n, a gather or scatter S (n-1) / n, all else S."""
     group: GroupName = ""
     """Of `comm` alone: the ranks that take part."""
     op: CommOp = ""
