@@ -25,15 +25,21 @@ def imagined_world(rank: int, world_size: int) -> Iterator[None]:
     """Within the block this process is that rank of so many; it must not have joined any others."""
     assert not dist.is_initialized(), "this process has joined others"
     machine.prepare()
-    fork = CudaRNGStatesTracker.fork
+    fork, gather = CudaRNGStatesTracker.fork, dist.all_gather_object
     # Comparing generator states reads numbers, which tensors without data have not.
     CudaRNGStatesTracker.fork = lambda *_: contextlib.nullcontext()
+    dist.all_gather_object = _says_the_same
     dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world_size)
     try:
         yield
     finally:
         groups.leave()
-        CudaRNGStatesTracker.fork = fork
+        CudaRNGStatesTracker.fork, dist.all_gather_object = fork, gather
+
+
+def _says_the_same(found: list[Any], mine: Any, group: Any = None) -> None:
+    """What `all_gather_object` gives where every rank says what this one does."""
+    found[:] = [mine] * len(found)
 
 
 @contextlib.contextmanager

@@ -74,7 +74,7 @@ def forward_backward(
     """Leave the gradient of the global batch's mean loss in `main_grad`; return that loss and its target tokens."""
     for chunk in chunks:
         chunk.zero_grad_buffer()
-    sums = run_schedule(chunks, batches, _weighted_sum, inputs=inputs)
+    sums = run_schedule(chunks, batches, weighted_sum, inputs=inputs)
     if not groups.is_last_stage:
         return 0.0, 0
     total = torch.stack(sums).sum(0)
@@ -82,7 +82,7 @@ def forward_backward(
     return (total[0] / total[1].clamp(min=1)).item(), int(total[1])
 
 
-def _weighted_sum(batch: TextBatch, losses: Tensor) -> tuple[Tensor, Tensor, Any]:
+def weighted_sum(batch: TextBatch, losses: Tensor) -> tuple[Tensor, Tensor, Any]:
     """The sum of this microbatch's losses and the tokens it counts; megatron-core divides one sum by the other."""
     total = (losses * batch.loss_weights).sum()
     tokens = batch.target_tokens

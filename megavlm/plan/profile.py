@@ -29,16 +29,14 @@ class OpCost:
     flops: float = 0.0
     """Executed on this rank, a multiply-add counting two."""
     bytes: float = 0.0
-    """Read and written by all operations of the class; of `comm`, what one rank sends by ring algorithms: an all-reduce
-    of size S over n ranks sends 2 S (n-1) / n, a gather or scatter S (n-1) / n, all else S."""
+    """Read and written by all operations of the class; of `comm`, the whole messages: the tensors that are reduced, the
+    gathered ones, those that are scattered or sent. A ring's factor (n-1)/n or 2(n-1)/n is the cluster's business."""
     group: GroupName = ""
     """Of `comm` alone: the ranks that take part."""
     op: CommOp = ""
     """Of `comm` alone."""
     count: int = 1
     """Operations (kernel launches, messages) in the class."""
-    group_size: int = 1
-    """Of `comm` alone."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,8 +50,10 @@ class MemoryUse:
     optimizer: int
     """Master weights and moments of this rank's share."""
     activations: int
-    """Everything else that lives between the start of a step and its end, at its peak: activations of all microbatches
-    in flight, temporaries, pixels, gradients of activations."""
+    """What the step allocates, at its peak: activations of all microbatches in flight, temporaries, gradients of
+    activations."""
+    batch: int = 0
+    """The step's microbatches themselves, tokens and pixels, which wait on the device from its beginning."""
     communication: int = 0
     """Buffers of the communication library, assumed."""
 
@@ -65,7 +65,7 @@ class MemoryUse:
     @property
     def total(self) -> int:
         """Everything but the allocator's slack."""
-        return self.static + self.activations + self.communication
+        return self.static + self.activations + self.batch + self.communication
 
 
 @dataclass(frozen=True, kw_only=True)
