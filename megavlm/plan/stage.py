@@ -13,6 +13,11 @@ from megavlm.plan.profile import MemoryUse, OpCost, RowProfile, StageProfile
 from megavlm.plan.rows import PlannedRow
 from megavlm.plan.trace import ChunkTrace, Rank, StepTrace, trace_microbatch, trace_step, traced_rank
 
+CONTEXT = 600 << 20
+"""Bytes that CUDA and its libraries take on each GPU before anything is allocated: assumed."""
+COMMUNICATOR = 300 << 20
+"""Bytes that NCCL takes for each group of ranks: assumed."""
+
 Rows = Mapping[str, PlannedRow]
 """`mean` and `worst`."""
 
@@ -89,10 +94,9 @@ def _profile(
     chunks: Sequence[Mapping[str, ChunkTrace]],
 ) -> StageProfile:
     stages, virtual = _stages(run), run.parallel.virtual_pipeline_model_parallel_size
-    own = chunks[stage::stages]
     counts = layers_of_chunks(run.parallel, run.decoder.num_layers)
     profiles = {
-        name: _row_profile(name, row, [chunk[name] for chunk in own], step, stage, stages, microbatches)
+        name: _row_profile(run, name, row, [chunk[name] for chunk in chunks], step, stage, microbatches)
         for name, row in rows.items()
     }
     return StageProfile(
@@ -108,36 +112,58 @@ def _profile(
 
 
 def _row_profile(
+    run: RunConfig,
     name: str,
     row: PlannedRow,
-    own: Sequence[ChunkTrace],
+    chunks: Sequence[ChunkTrace],
     step: StepTrace,
     stage: int,
-    stages: int,
     microbatches: int,
 ) -> RowProfile:
+    stages = _stages(run)
+    own = chunks[stage::stages]
     memories = [chunk.memory for chunk in own]
-    schedule = peak_bytes(memories, stage, stages, microbatches) + own[0].message_bytes * _messages_held(
-        stage, stages, len(own), microbatches
-    )
-    waiting = microbatches * own[0].batch_bytes
-    held = sum(memory.held for memory in memories)
+    messages = _messages_held(stage, stages, len(own), microbatches)
+    schedule = peak_bytes(memories, stage, stages, microbatches) + messages * chunks[0].message_bytes
+    costs = [cost for chunk in own for cost in chunk.costs]
+    if _encodes_ahead(run):
+        # Dealt over a whole step, each rank's tower sees the same share, whatever it sees of one microbatch.
+        share = row.tiles / run.parallel.model_parallel_size / max(chunks[0].own_tiles, 1)
+        costs = [cost for cost in costs if cost.part != "tower"]
+        costs += [_scaled(cost, share) for cost in chunks[0].costs if cost.part == "tower"]
     return RowProfile(
         name=name,
         tokens=row.tokens,
         documents=len(row.documents) * row.rows,
         images=row.tiles,
-        costs=_together([*(cost for chunk in own for cost in chunk.costs), *step.costs]),
-        activation_per_microbatch=held,
+        costs=_together([*costs, *step.costs]),
+        activation_per_microbatch=sum(memory.held for memory in memories),
         transient=max(max(memory.forward_peak, memory.backward_peak) - memory.held for memory in memories),
         memory=MemoryUse(
             weights=step.static.weights,
             gradients=step.static.gradients,
             optimizer=step.static.optimizer,
             activations=max(schedule, step.peak),
-            batch=waiting,
+            communication=CONTEXT + COMMUNICATOR * step.communicators,
+            batch=microbatches * own[0].batch_bytes + _features_waiting(run, row, stage, microbatches),
         ),
     )
+
+
+def _encodes_ahead(run: RunConfig) -> bool:
+    return run.parallel.vision_over == "all_stages"
+
+
+def _scaled(cost: OpCost, share: float) -> OpCost:
+    return replace(cost, flops=share * cost.flops, bytes=share * cost.bytes, count=max(round(share * cost.count), 1))
+
+
+def _features_waiting(run: RunConfig, row: PlannedRow, stage: int, microbatches: int) -> int:
+    """A tower that encodes ahead leaves the first stage the features of all microbatches; one was traced."""
+    parts = run.infimm or run.aquila_vl
+    if not _encodes_ahead(run) or stage > 0 or parts is None:
+        return 0
+    return (microbatches - 1) * row.tiles * parts.tower.tokens * parts.tower.width * run.precision.dtype.itemsize
 
 
 def _messages_held(stage: int, stages: int, chunks: int, microbatches: int) -> int:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from megavlm.batch import TextBatch
+from megavlm.batch import Media, TextBatch
 from megavlm.build.model import Model, build_model
 from megavlm.build.run_config import RunConfig
 from megavlm.parallel import groups as process_groups
@@ -48,6 +48,8 @@ class ChunkTrace:
     """Shape of what goes to the next chunk; none behind the last."""
     message_bytes: int
     """Of what goes from chunk to chunk."""
+    own_tiles: int
+    """What the rank's tower saw."""
 
 
 @dataclass(frozen=True)
@@ -60,6 +62,8 @@ class StepTrace:
     static: StaticBytes
     parameters: int
     trainable: int
+    communicators: int
+    """Groups of more than one rank."""
 
 
 @dataclass
@@ -143,7 +147,14 @@ def trace_step(rank: Rank) -> StepTrace:
         static=static,
         parameters=sum(parameter.numel() for parameter in everything),
         trainable=sum(parameter.numel() for parameter in everything if parameter.requires_grad),
+        communicators=_communicators(rank.groups),
     )
+
+
+def _communicators(groups: Groups) -> int:
+    """Tensor, pipeline and data parallelism, and the group of all."""
+    sizes = groups.collection.tp.size(), groups.pipeline_size, groups.data_size, groups.world_size
+    return sum(size > 1 for size in sizes)
 
 
 def trace_microbatch(rank: Rank, row: PlannedRow, received: Sequence[int] | None) -> ChunkTrace:
@@ -164,7 +175,15 @@ def trace_microbatch(rank: Rank, row: PlannedRow, received: Sequence[int] | None
         batch_bytes=storage_bytes(tensors_of(batch)),
         sent=None if chunk.post_process else tuple(watched.shape),
         message_bytes=math.prod(shape) * rank.run.precision.dtype.itemsize,
+        own_tiles=_own_tiles(batch.media),
     )
+
+
+def _own_tiles(media: Media | None) -> int:
+    if media is None:
+        return 0
+    held = range(len(media.tiles)) if media.held is None else media.held
+    return sum(media.tiles[picture] for picture in held)
 
 
 def own_pictures(model: Model) -> Any:

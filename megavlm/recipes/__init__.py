@@ -21,6 +21,14 @@ def recipe(name: str) -> RunConfig:
     return RECIPES[name]()
 
 
+def stages_of(name: str) -> list[str]:
+    """A stage alone, or all stages of a model in order, without other settings of a stage."""
+    known = [one for one in RECIPES if one.startswith(f"{name}/")]
+    if name in RECIPES or not known:
+        return [recipe(name).name]
+    return [one for one in known if one.partition("/")[2] in (*infimm.STAGES, *aquila_vl.STAGES)]
+
+
 def _remedy(name: str) -> str:
     model = name.partition("/")[0]
     stages = [known for known in RECIPES if known.startswith(f"{model}/")]
