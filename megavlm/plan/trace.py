@@ -24,7 +24,7 @@ from megavlm.parallel import groups as process_groups
 from megavlm.parallel.groups import Groups
 from megavlm.parallel.imagined import imagined_world, some_layers, tensors_of_shape
 from megavlm.parallel.media_inputs import MediaInputs
-from megavlm.parallel.schedule import run_schedule, weighted_sum
+from megavlm.parallel.schedule import run_schedule, summed_losses
 from megavlm.parallel.wrap import gather_parameters, make_optimizer, wrap_data_parallel
 from megavlm.plan.follow import Follower, Label, Tally, storage_bytes
 from megavlm.plan.in_flight import ChunkMemory
@@ -168,7 +168,7 @@ def trace_microbatch(rank: Rank, row: PlannedRow, received: Sequence[int] | None
     with _without_synchronisation(wrapped), some_layers(chunk.decoder, chosen.layers), watched:
         shape = received or watched.shape
         with tensors_of_shape(shape), follower:
-            run_schedule([wrapped], [batch], weighted_sum, inputs=rank.model.inputs)
+            run_schedule([wrapped], [batch], summed_losses([batch], None), inputs=rank.model.inputs)
     return ChunkTrace(
         memory=_memory(follower, watched, chosen),
         costs=tuple(cost for cost in _summed(follower.tallies, chosen) if cost.group != "dp"),

@@ -21,12 +21,10 @@ def recipe(name: str) -> RunConfig:
     return RECIPES[name]()
 
 
-def stages_of(name: str) -> list[str]:
-    """A stage alone, or all stages of a model in order, without other settings of a stage."""
-    known = [one for one in RECIPES if one.startswith(f"{name}/")]
-    if name in RECIPES or not known:
-        return [recipe(name).name]
-    return [one for one in known if one.partition("/")[2] in (*infimm.STAGES, *aquila_vl.STAGES)]
+def stages_of(model: str) -> list[str]:
+    """The stages that a model goes through, in order, without another form of one; none of a name that is no model."""
+    known = (*infimm.STAGES, *aquila_vl.STAGES)
+    return [name.partition("/")[2] for name in RECIPES if name.startswith(f"{model}/") and name.split("/")[1] in known]
 
 
 def _remedy(name: str) -> str:
@@ -43,7 +41,8 @@ def listing() -> str:
     """All recipes, each with what it does in a line, the stages of a model together."""
     width = max(map(len, RECIPES))
     groups = []
-    for _, names in groupby(RECIPES, lambda name: name.partition("/")[0] if "/" in name else ""):
-        lines = (f"{name:<{width}}  {(RECIPES[name].__doc__ or '').strip().splitlines()[0]}" for name in names)
+    for model, names in groupby(RECIPES, lambda name: name.partition("/")[0] if "/" in name else ""):
+        lines = [f"{model:<{width}}  All of its stages in order, as one run."] if model else []
+        lines += (f"{name:<{width}}  {(RECIPES[name].__doc__ or '').strip().splitlines()[0]}" for name in names)
         groups.append("\n".join(lines))
     return "\n\n".join(groups)
