@@ -100,7 +100,9 @@ def draw_stream(stream: StreamConfig, draw: np.random.Generator, has_eyes: bool)
 
 
 def _shares(sources: Sequence[SourceConfig]) -> NDArray[np.float64]:
-    weights = [source.weight or source.samples or (source.epochs or 1) * (_SIZES.get(source.name) or 1) for source in sources]
+    weights = [
+        source.weight or source.samples or (source.epochs or 1) * (_SIZES.get(source.name) or 1) for source in sources
+    ]
     return np.array(weights, dtype=float) / sum(weights)
 
 

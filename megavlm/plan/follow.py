@@ -70,7 +70,7 @@ class Follower(TorchDispatchMode):
         if func is _NUMBER and without_data:
             return 1  # whatever others would have made of it: a norm, a count, no overflow
         if func is _NORM and without_data and self.places.in_step:
-            out = _one(inputs[0])
+            out: Any = _one(inputs[0])
         elif without_data and is_message(func) and func.overloadpacket.__name__.endswith("_coalesced_"):
             out = FakeWork().boxed()  # tensors without data know no joined messages
         elif not without_data and _is_about_numbers(func, args, kwargs, inputs):

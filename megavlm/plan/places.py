@@ -1,7 +1,7 @@
 """Where in the model an operation belongs: its part, its decoder layer, and whether it runs forward or backward.
 
-Modules say it while they run forward. Backward it is asked of the node of autograd's graph that runs: nodes are numbered
-in the order in which the forward pass made them, and it is noted at which number each part began.
+Modules say it while they run forward. Backward it is asked of the node of autograd's graph that runs: nodes are
+numbered in the order in which the forward pass made them, and it is noted at which number each part began.
 """
 
 from __future__ import annotations
@@ -84,9 +84,10 @@ class Places:
 
     def watch(self, chunk: nn.Module) -> None:
         """Follow a chunk of a model through its forward passes."""
-        layers = list(chunk.decoder.layers)
+        block: Any = chunk.decoder
+        layers: list[nn.Module] = list(block.layers)
         self._around(chunk, _ENTRANCE)
-        self._around(chunk.decoder, _LAYERS)
+        self._around(block, _LAYERS)
         for number, layer in enumerate(layers):
             self._around(layer, Spot("decoder", number))
             for name, module in layer.named_children():
@@ -95,10 +96,10 @@ class Places:
         for name, module in chunk.named_children():
             if name in _PARTS_OF_MODULES:
                 self._around(module, Spot(_PARTS_OF_MODULES[name], BEHIND if name == "output_layer" else BEFORE))
-        self._hooks.append(chunk.decoder.register_forward_hook(lambda *_: self._leave_layers()))
-        if getattr(chunk.decoder, "final_layernorm", None) is not None:
-            self._around(chunk.decoder.final_layernorm, Spot("decoder", BEHIND))
-        self._note_parameters(chunk, layers)
+        self._hooks.append(block.register_forward_hook(lambda *_: self._leave_layers()))
+        if getattr(block, "final_layernorm", None) is not None:
+            self._around(block.final_layernorm, Spot("decoder", BEHIND))
+        self._note_parameters(chunk, block, layers)
 
     def watch_tower(self, tower: nn.Module) -> None:
         """Follow a tower that stands outside of the chunks."""
@@ -114,12 +115,12 @@ class Places:
         for hook in self._hooks:
             hook.remove()
 
-    def _note_parameters(self, chunk: nn.Module, layers: Iterable[nn.Module]) -> None:
+    def _note_parameters(self, chunk: nn.Module, block: nn.Module, layers: Iterable[nn.Module]) -> None:
         for name, parameter in chunk.named_parameters():
             first = name.partition(".")[0]
             part = _PARTS_OF_MODULES.get(first, "connector")
             self._of_parameters[id(parameter)] = Spot(part, BEHIND if first == "output_layer" else BEFORE)
-        for parameter in chunk.decoder.parameters():
+        for parameter in block.parameters():
             self._of_parameters[id(parameter)] = Spot("decoder", BEHIND)
         for number, layer in enumerate(layers):
             for name, parameter in layer.named_parameters():

@@ -34,7 +34,7 @@ def _stages(run: RunConfig) -> int:
 
 
 def _trace_all(run: RunConfig, world_size: int, rows: Rows) -> tuple[list[StepTrace], list[dict[str, ChunkTrace]]]:
-    """The step of each stage, and each chunk of the model in order; stages and chunks that are alike are traced once."""
+    """The step of each stage, and each chunk of the model in order; those that are alike are traced once."""
     virtual = run.parallel.virtual_pipeline_model_parallel_size
     chunks: list[dict[str, ChunkTrace]] = []
     steps: list[StepTrace] = []

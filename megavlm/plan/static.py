@@ -22,7 +22,8 @@ def static_bytes(parts: Iterable[nn.Module], optimizer: Any) -> StaticBytes:
     buffers = [buffer for part in parts for buffer in part.buffers()]
     seen: set[int] = set()
     weights = _new_bytes([*parameters, *buffers], seen)
-    gradients = _new_bytes((p.main_grad for p in parameters if getattr(p, "main_grad", None) is not None), seen)
+    gradients_held = [p.main_grad for p in parameters if hasattr(p, "main_grad")]
+    gradients = _new_bytes(gradients_held, seen)
     return StaticBytes(weights, gradients, _new_bytes(_state(optimizer), seen))
 
 

@@ -1,4 +1,4 @@
-"""One rank of a run, traced: the trainer's own model, data parallelism, optimizer and schedule, in tensors without data.
+"""One rank of a run, traced: the trainer's own model, data parallelism, optimizer and schedule, on shapes alone.
 
 What lives from step to step is counted in the whole model as it is built. A microbatch is traced with one layer of each
 kind in place of all of them (`layers`).
@@ -279,5 +279,3 @@ def _summed(tallies: dict[Label, Tally], chosen: Chosen) -> tuple[OpCost, ...]:
         OpCost(part=part, kind=kind, phase=phase, group=group, op=op, flops=t.flops, bytes=t.bytes, count=t.count)
         for (part, kind, phase, group, op), t in sums.items()
     )
-
-

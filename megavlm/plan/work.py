@@ -66,9 +66,13 @@ def work_of(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], inputs: l
     packet = func.overloadpacket
     outputs = tensors_in(out)
     if packet in _ATTENTION:
-        return Work("attention", _attention(*args[:3], _is_causal(func, args, kwargs)), _bytes([*inputs, *outputs]))
+        return Work(
+            "attention",
+            _attention(args[0], args[1], args[2], _is_causal(func, args, kwargs)),
+            _bytes([*inputs, *outputs]),
+        )
     if packet in _ATTENTION_BACKWARD:
-        flops = _BACKWARD_OVER_FORWARD * _attention(*args[1:4], _is_causal(func, args, kwargs))
+        flops = _BACKWARD_OVER_FORWARD * _attention(args[1], args[2], args[3], _is_causal(func, args, kwargs))
         return Work("attention", flops, _bytes([*inputs, *outputs]))
     if packet in flop_registry:
         return Work("matmul", flop_registry[packet](*args, **kwargs, out_val=out), _bytes([*inputs, *outputs]))
@@ -82,10 +86,8 @@ def work_of(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], inputs: l
 def _attention(query: Tensor, key: Tensor, value: Tensor, causal: bool) -> float:
     """Both products, [b, heads, s, d] by [b, groups, t, d]; of a causal mask the half that is seen."""
     batch, heads, length, width = query.shape
-    seen = length * key.size(2)
-    if causal:
-        seen = sum(min(place + 1, key.size(2)) for place in (0, length - 1)) * length / 2 if length else 0
-    return 2.0 * batch * heads * seen * (width + value.size(3))
+    seen = (length + 1) / 2 if causal else key.size(2)
+    return 2.0 * batch * heads * length * seen * (width + value.size(3))
 
 
 def _is_causal(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:

@@ -74,7 +74,7 @@ def real(name: str, degrees: dict[str, Any]) -> tuple[int, int, tuple[int, ...],
 
 def planned(cases: list[tuple[str, str]]) -> dict[tuple[str, str], list[tuple[tuple[int, ...], int]]]:
     """For each recipe and layout: of each stage, the same."""
-    found = {}
+    found: dict[tuple[str, str], list[tuple[tuple[int, ...], int]]] = {}
     for name, layout in cases:
         world, degrees = LAYOUTS[layout]
         run = run_of(name, degrees)
