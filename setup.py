@@ -16,6 +16,7 @@ setup(
             "export/*_files/*.jinja",
             "data/preview_files/*",
             "plan/page_files/*",
+            "plan/calibration.yaml",
             "toy/bases/*.safetensors",
             "toy/bases/*.json",
         ],
