@@ -8,7 +8,7 @@ import os
 import sys
 from collections.abc import Sequence
 
-from megavlm import __version__
+from megavlm import __version__, signals
 from megavlm.errors import ConfigError, MegavlmError, report
 from megavlm.log import quiet_third_parties
 
@@ -25,6 +25,8 @@ COMMANDS: dict[str, tuple[str, str]] = {
 """Name -> (one line of help, `module:function`); the function takes the arguments and returns the exit code."""
 
 INTERRUPTED = 130
+STOPS_WHEN_ASKED = ("train",)
+"""Commands that save on a signal and end by themselves."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -47,6 +49,8 @@ def run(arguments: Sequence[str]) -> int:
         return 0
     module, _, function = target_of(arguments[0]).partition(":")
     quiet_third_parties()
+    if arguments[0] in STOPS_WHEN_ASKED:
+        signals.listen()
     exit_code: int = getattr(importlib.import_module(module), function)(list(arguments[1:]))
     return exit_code
 

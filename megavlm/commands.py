@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -10,9 +11,14 @@ from contextlib import contextmanager
 import torch
 
 from megavlm.build.data_check import check_data
+from megavlm.build.from_checkpoint import run_from_checkpoint
 from megavlm.build.from_folder import run_from_folder
+from megavlm.build.log_config import check_installed
 from megavlm.build.model import build_model
 from megavlm.build.run_config import PrecisionConfig, RunConfig, check_degrees, check_for_world
+from megavlm.curriculum.options import chosen_stages, parse_stage_options
+from megavlm.curriculum.run import train_stages
+from megavlm.curriculum.stages import place_stages
 from megavlm.errors import ConfigError
 from megavlm.export.aquila_vl_assemble import assemble_aquila_vl
 from megavlm.export.aquila_vl_folder import SPELLINGS, Layout
@@ -27,54 +33,93 @@ from megavlm.log import get_logger, setup_logging
 from megavlm.model.towers.eva_config import eva_tower
 from megavlm.options import parse_options, take_options
 from megavlm.parallel import groups as process_groups
-from megavlm.parallel.agree import agreed
-from megavlm.recipes import listing, recipe
+from megavlm.parallel.agree import agreed, said_by_first
+from megavlm.recipes import listing, recipe, stages_of
 from megavlm.train.loop import train as run_training
+from megavlm.train.stopping import EX_TEMPFAIL
 
 logger = get_logger(__name__)
 
 HELP = ("-h", "--help")
+_TRAIN_USAGE = """usage: [torchrun --nproc-per-node N -m] megavlm train RECIPE [--options]
+
+`megavlm recipes` lists the recipes; `megavlm train RECIPE --help` all options of one.
+
+RECIPE is MODEL/STAGE for one stage, or MODEL for all of its stages in order:
+
+  megavlm train MODEL --save DIR [--stages STAGE,STAGE] [--option VALUE ...] [STAGE:--option=VALUE ...]
+
+Each stage saves in DIR/STAGE and starts from the weights of the one before. Given again, the command skips what is
+finished and goes on with the rest. Options are for all stages, or for one with STAGE: before them. --export-hf OUT
+writes OUT/STAGE behind each stage."""
+_SOURCES = ("--hf", "--load", "--tokenizer")
+"""What names the model of a command."""
 
 
 def recipes(arguments: list[str]) -> int:
-    """`megavlm recipes`: one line each; `megavlm recipes NAME [--options]`: that run, fully resolved, as YAML."""
+    """`megavlm recipes`: one line each; `megavlm recipes NAME [--options]`: that run, or all of that model's stages,
+    fully resolved, as YAML."""
     if arguments[:1] in ([word] for word in HELP):
         print("usage: megavlm recipes [NAME [--options]]\n\nlist the recipes, or print one fully resolved, as YAML")
         return 0
     if arguments:
         name, *options = arguments
-        print(parse_options(recipe(name), options, prog=f"megavlm recipes {name}").to_yaml(), end="")
+        prog = f"megavlm recipes {name}"
+        stages = {stage: recipe(f"{name}/{stage}") for stage in stages_of(name)}
+        found = parse_stage_options(stages, options, prog).values() or [parse_options(recipe(name), options, prog)]
+        print("---\n".join(run.to_yaml() for run in found), end="")
         return 0
     print(listing())
     return 0
 
 
 def train(arguments: list[str]) -> int:
-    """`megavlm train RECIPE [--options]`, alone or on every rank of torchrun."""
+    """`megavlm train RECIPE [--options]`, alone or on every rank of torchrun; all stages of RECIPE where it has some.
+
+    A run that was asked to stop early has saved, exports nothing, and ends with exit code 75.
+    """
     if not arguments or arguments[0] in HELP:
-        print("usage: [torchrun --nproc-per-node N -m] megavlm train RECIPE [--options]\n")
-        print("`megavlm recipes` lists the recipes; `megavlm train RECIPE --help` all options of one.")
+        print(_TRAIN_USAGE)
         return 0
     name, *options = arguments
+    if stages_of(name):
+        return _train_stages(name, options)
     with _joined() as world_size:
         with agreed():
             run = parse_options(recipe(name), options, prog=f"megavlm train {name}")
             check_for_world(run, world_size)
             check_data(run)
+            check_installed(run.log)
             _refuse_existing("--export-hf", run.weights.export_hf)
         logger.info("%s", run.to_yaml())
         groups = process_groups.start(run.parallel, run.train.seed)
-        model = run_training(run, groups)
+        outcome = run_training(run, groups)
+        if outcome.stopped is not None:
+            return EX_TEMPFAIL
         if run.weights.export_hf is not None:
-            export_model(model, run, groups, run.weights.export_hf, tokenizer_from=run.weights.load_hf)
+            export_model(outcome.model, run, groups, run.weights.export_hf, tokenizer_from=run.tokenizer_folder)
             logger.info("exported to %s", run.weights.export_hf)
     return 0
+
+
+def _train_stages(model: str, arguments: list[str]) -> int:
+    with _joined() as world_size:
+        with agreed():
+            runs = {stage: recipe(f"{model}/{stage}") for stage in stages_of(model)}
+            own, options = take_options(arguments, [], ["--stages"])
+            chosen = chosen_stages(own.get("--stages"), list(runs))
+            runs = parse_stage_options(runs, options, prog=f"megavlm train {model}")
+            # What is on disk is looked at once: the others might see it at another moment.
+            rank, _ = process_groups.world_from_environment()
+            stages = place_stages(runs, chosen, world_size) if rank == 0 else []
+        stopped = train_stages(said_by_first(stages))
+    return 0 if stopped is None else EX_TEMPFAIL
 
 
 def verify_hf(arguments: list[str]) -> int:
     """`megavlm verify-hf`: a folder's model on recorded cases; exit code 1 where it is off by more than allowed."""
     usage = (
-        "verify-hf --hf DIR --cases FILE [--json] [--tensor-model-parallel-size N ...]\n"
+        "verify-hf --hf DIR | --load CHECKPOINT --cases FILE [--json] [--tensor-model-parallel-size N ...]\n"
         "       megavlm verify-hf --hf DIR --against transformers [--save-cases FILE] [--seed N] [--json] [...]"
     )
     if _wants_help(arguments, usage):
@@ -82,9 +127,9 @@ def verify_hf(arguments: list[str]) -> int:
     with _joined() as world_size:
         with agreed():
             own, options = take_options(
-                arguments, ["--hf"], ["--cases", "--against", "--save-cases", "--seed"], flags=["--json"]
+                arguments, [], [*_SOURCES, "--cases", "--against", "--save-cases", "--seed"], flags=["--json"]
             )
-            run = _run_of_folder(own["--hf"], options, "verify-hf")
+            run, _ = _run_of(own, options, "verify-hf")
             check_degrees(run, world_size)
         groups = process_groups.start(run.parallel)
         with _cases_file(own, run, groups.rank) as file:
@@ -98,22 +143,24 @@ def verify_hf(arguments: list[str]) -> int:
 
 
 def export_hf(arguments: list[str]) -> int:
-    """`megavlm export-hf`: load a folder under a layout and write it again from the weights that are held then."""
+    """`megavlm export-hf`: load a folder or a checkpoint under a layout and write what is held then as a folder."""
     usage = (
         "export-hf --hf DIR --out DIR [--layout transformers|llava-next] [--params-dtype bfloat16]\n"
-        "                         [--tensor-model-parallel-size N ...]"
+        "                         [--tensor-model-parallel-size N ...]\n"
+        "       megavlm export-hf --load CHECKPOINT --out DIR [--tokenizer DIR] [...]\n\n"
+        "CHECKPOINT is a folder that --save has filled, or one checkpoint in it."
     )
     if _wants_help(arguments, usage):
         return 0
     with _joined() as world_size:
         with agreed():
-            own, options = take_options(arguments, ["--hf", "--out"], ["--layout"])
+            own, options = take_options(arguments, ["--out"], [*_SOURCES, "--layout"])
             layout = _layout(own.get("--layout", "transformers"))
-            run = _run_of_folder(own["--hf"], options, "export-hf")
+            run, tokenizer = _run_of(own, options, "export-hf")
             check_degrees(run, world_size)
             _refuse_existing("--out", own["--out"])
         groups = process_groups.start(run.parallel)
-        export_model(build_model(run, groups), run, groups, own["--out"], tokenizer_from=own["--hf"], layout=layout)
+        export_model(build_model(run, groups), run, groups, own["--out"], tokenizer_from=tokenizer, layout=layout)
     return 0
 
 
@@ -174,7 +221,7 @@ def _import_eva(arguments: list[str]) -> None:
 
 def generate(arguments: list[str]) -> int:
     """`megavlm generate --hf DIR --prompt TEXT [--image FILE ...]`, alone or on every rank of torchrun."""
-    with _joined() as world_size:
+    with _joined(logging.WARNING) as world_size:
         with agreed():
             question = read_question(parse_options(GenerateConfig(), arguments, "megavlm generate"), world_size)
         groups = process_groups.start(question.run.parallel)
@@ -202,20 +249,33 @@ def _cases_file(own: Mapping[str, str], run: RunConfig, rank: int) -> Iterator[s
 
 
 @contextmanager
-def _joined() -> Iterator[int]:
+def _joined(level: int = logging.INFO) -> Iterator[int]:
     """The processes of this run joined (how many they are), and left at the end, also after an error."""
     try:
         world_size = process_groups.join()
-        setup_logging(int(os.environ.get("RANK", "0")), world_size)
+        setup_logging(int(os.environ.get("RANK", "0")), world_size, level)
         yield world_size
     finally:
         process_groups.leave()
 
 
-def _run_of_folder(folder: str, options: Sequence[str], command: str) -> RunConfig:
-    """In float32, unless the options say otherwise: these commands compare and convert."""
-    run = run_from_folder(folder).replace(precision=PrecisionConfig(params_dtype="float32"))
-    return parse_options(run, options, prog=f"megavlm {command}")
+def _run_of(own: Mapping[str, str], options: Sequence[str], command: str) -> tuple[RunConfig, str | None]:
+    """Of a folder or a checkpoint, with its tokenizer.
+
+    In float32 unless the options say otherwise, for these commands compare and convert; but a checkpoint is exported as
+    it was trained.
+    """
+    if ("--hf" in own) == ("--load" in own):
+        problem = "names a Hugging Face folder or --load a checkpoint, one of which is needed"
+        raise ConfigError("--hf", own.get("--hf"), problem, f"`megavlm {command} --help` shows both")
+    tokenizer: str | None = own.get("--hf")
+    if "--hf" in own:
+        run = run_from_folder(own["--hf"])
+    else:
+        run, tokenizer = run_from_checkpoint(own["--load"])
+    if "--hf" in own or command == "verify-hf":
+        run = run.replace(precision=PrecisionConfig(params_dtype="float32"))
+    return parse_options(run, options, prog=f"megavlm {command}"), own.get("--tokenizer", tokenizer)
 
 
 def _dtype(own: Mapping[str, str], rest: Sequence[str]) -> torch.dtype:

@@ -50,6 +50,10 @@ class DataError(MegavlmError):
     """A sample that contradicts itself, or that the model cannot take."""
 
 
+class DivergedError(MegavlmError):
+    """Training whose loss or gradient is not finite, step after step."""
+
+
 class UnavailableError(MegavlmError):
     """Something that this machine or this installation cannot do."""
 

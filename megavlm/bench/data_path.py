@@ -2,7 +2,8 @@
 
 Both read the same photographs, JPEG files of common sizes, with two workers each: ours from prepared shards with two
 threads, theirs from the files with two processes, as training scripts do. A pass is one step of samples; what both
-made of it must be the same tokens and, to rounding, the same pixels.
+made of it must be the same tokens and, to rounding, the same pixels. Beside them stands our decoder alone, on files
+in memory: what the rest of our path costs is the difference.
 """
 
 from __future__ import annotations
@@ -25,8 +26,8 @@ from transformers import LlavaOnevisionImageProcessorPil, PreTrainedTokenizerFas
 
 from megavlm.bench.harness import THREADS, Comparison, Pass, Side, timed
 from megavlm.data.chat import ChatConfig
-from megavlm.data.decode import DecodeConfig, PilDecoder
-from megavlm.data.decode_jobs import TILED
+from megavlm.data.decode import DecodeConfig, open_decoder
+from megavlm.data.decode_jobs import TILED, EncodedPicture
 from megavlm.data.formats import SplicedFormat
 from megavlm.data.loader import Loader, StepBatches
 from megavlm.data.order import SourceConfig, StreamConfig
@@ -55,7 +56,7 @@ def data_path(quick: bool) -> Iterator[Comparison]:
         root = Path(place)
         count = SAMPLES_PER_STEP if quick else 4 * SAMPLES_PER_STEP
         samples = [_sample(number) for number in range(count)]
-        _write_tokenizer(root / "tokenizer")
+        write_tokenizer(root / "tokenizer")
         ours = _our_loader(root, samples, grid)
         order = [[name.index for name in _names(ours.step(step))] for step in range(count // SAMPLES_PER_STEP)]
         yield Comparison(
@@ -63,13 +64,14 @@ def data_path(quick: bool) -> Iterator[Comparison]:
             case=(
                 f"{SAMPLES_PER_STEP} JPEG photographs of {len(SIZES)} sizes a pass to tiles of {grid.tile_size} in "
                 f"grids up to {grid.max_tiles_per_side}x{grid.max_tiles_per_side}, and their conversations to tokens; "
-                f"{WORKERS} workers each"
+                f"{WORKERS} workers each, ours with {type(ours.decoder).__name__}"
             ),
             ours=Side("megavlm", _our_passes(ours, order)),
             theirs=Side("transformers", _their_passes(root, samples, grid, order)),
             target=TARGET,
             rounds=2 if quick else 12,
             warmup=1 if quick else 2,
+            beside=Side("our decoder alone", _decoder_passes(ours, samples, grid, order)),
         )
 
 
@@ -87,7 +89,8 @@ def _sample(number: int) -> Sample:
     return Sample(f"{number:06d}", (Picture((file.getvalue(),)),), turns)
 
 
-def _write_tokenizer(folder: Path) -> None:
+def write_tokenizer(folder: Path) -> None:
+    """One of single bytes, and ChatML's tokens."""
     pieces = Pieces(models.BPE(unk_token="<|endoftext|>", vocab={"<|endoftext|>": 0}, merges=[]))
     pieces.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
@@ -114,7 +117,7 @@ def _our_loader(root: Path, samples: Sequence[Sample], grid: GridConfig) -> Load
         config,
         words,
         open_sources(config, words),
-        PilDecoder(TILED, grid, DecodeConfig(threads=WORKERS)),
+        open_decoder(TILED, grid, DecodeConfig(threads=WORKERS)),
         lambda tiles: [tuple(range(len(of_row))) for of_row in tiles],
         seed=1,
         data_rank=0,
@@ -144,6 +147,26 @@ def _our_passes(loader: Loader, order: Sequence[Sequence[int]]) -> Callable[[], 
         pixels = sum(float(batch.media.patches.double().sum()) for batch in batches if batch.media)
         tokens = sum(int((batch.tokens != 0).sum()) for batch in batches)
         return Pass(seconds, pixels / 1e3 + tokens)
+
+    return run
+
+
+def _decoder_passes(
+    loader: Loader, samples: Sequence[Sample], grid: GridConfig, order: Sequence[Sequence[int]]
+) -> Callable[[], Pass]:
+    steps = itertools.cycle(order)
+
+    def run() -> Pass:
+        pictures = [
+            EncodedPicture(samples[number].pictures[0].files, plan_image(*SIZES[number % len(SIZES)], "image", grid))
+            for number in next(steps)
+        ]
+
+        def work() -> float:
+            loader.decoder.decode_rows(pictures)
+            return 0.0
+
+        return timed(work)
 
     return run
 
@@ -186,10 +209,11 @@ class _OneStep(Sampler[list[int]]):
     """The samples of one step at a time, in pairs: the workers rest between passes, which belong to the other side."""
 
     def __init__(self, order: Sequence[Sequence[int]]) -> None:
-        self._steps = itertools.cycle(order)
+        self.order, self.step = order, 0
 
     def __iter__(self) -> Iterator[list[int]]:
-        numbers = list(next(self._steps))
+        # Asked for twice before the first pass, so it must not be what moves on.
+        numbers = list(self.order[self.step % len(self.order)])
         return iter([numbers[first : first + 2] for first in range(0, len(numbers), 2)])
 
     def __len__(self) -> int:
@@ -203,9 +227,10 @@ def _as_they_are(items: list[Any]) -> list[Any]:
 def _their_passes(
     root: Path, samples: Sequence[Sample], grid: GridConfig, order: Sequence[Sequence[int]]
 ) -> Callable[[], Pass]:
+    steps = _OneStep(order)
     loader: DataLoader[Any] = DataLoader(
         _Files(root, samples, grid),
-        batch_sampler=_OneStep(order),
+        batch_sampler=steps,
         num_workers=WORKERS,
         collate_fn=_as_they_are,
         persistent_workers=True,
@@ -219,6 +244,7 @@ def _their_passes(
             return 0.0
 
         seconds = timed(work).seconds
+        steps.step += 1
         used = slice(0, grid.tokens_per_side * grid.patch_size)
         pixels = sum(float(tiles[..., used, used].double().sum()) for _, tiles in made)
         return Pass(seconds, pixels / 1e3 + sum(len(tokens) for tokens, _ in made))

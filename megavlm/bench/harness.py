@@ -48,6 +48,8 @@ class Comparison:
     """Rounds before those that are timed; their losses are checked as well."""
     tolerance: float = 1e-4
     """How far apart the losses of a round may be, relative."""
+    beside: Side | None = None
+    """Timed in each round as well, to be printed below the two: a floor, say, that neither can go under."""
 
 
 @dataclass(frozen=True)
@@ -76,7 +78,7 @@ class Row:
     case: str
     rounds: int
     times: dict[str, Times]
-    """Side -> its times; ours first."""
+    """Side -> its times; ours first, theirs second."""
     ratio: Ratio
     target: float
 
@@ -94,18 +96,20 @@ def timed(work: Callable[[], float]) -> Pass:
 
 def measure(comparison: Comparison) -> Row:
     """Alternate the sides and sum up; raises DisagreementError instead where a round's losses differ."""
-    pairs = []
+    sides = [comparison.ours, comparison.theirs, *([comparison.beside] if comparison.beside else [])]
+    rounds = []
     for number in range(comparison.warmup + comparison.rounds):
-        pair = comparison.ours.run(), comparison.theirs.run()
-        _check_agreement(comparison, number, *pair)
+        found = [side.run() for side in sides]
+        _check_agreement(comparison, number, *found[:2])
         if number >= comparison.warmup:
-            pairs.append(pair)
-    ours, theirs = ([one.seconds for one in side] for side in zip(*pairs, strict=True))
+            rounds.append([one.seconds for one in found])
+    columns = list(zip(*rounds, strict=True))
+    ours, theirs = columns[:2]
     return Row(
         comparison.benchmark,
         comparison.case,
         comparison.rounds,
-        {comparison.ours.name: times_of(ours), comparison.theirs.name: times_of(theirs)},
+        {side.name: times_of(column) for side, column in zip(sides, columns, strict=True)},
         ratio_of(ours, theirs),
         comparison.target,
     )

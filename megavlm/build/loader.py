@@ -21,7 +21,7 @@ from megavlm.tiles import GridConfig
 def build_words(run: RunConfig) -> SampleFormat:
     """How the run's family reads samples."""
     assert run.data is not None
-    folder = run.data.tokenizer or run.weights.load_hf
+    folder = run.tokenizer_folder
     if folder is None:
         raise ConfigError("data.tokenizer", None, "is missing", "name a folder with a tokenizer, or use --load-hf")
     tokenizer = Tokenizer(folder)
@@ -64,7 +64,7 @@ def build_loader(run: RunConfig, model: Model, groups: Groups) -> Loader:
     words = build_words(run)
     grid = _grid(run)
     rule = TILED if run.infimm is None else CLIP
-    decoder = open_decoder(rule, grid, DecodeConfig(decoder=run.data.decoder, threads=run.data.threads))
+    decoder = open_decoder(rule, grid, DecodeConfig(decoder=run.data.decoder, threads=max(1, run.data.threads)))
     own = model.inputs.own_pictures if isinstance(model.inputs, MediaInputs) else no_pictures
     return Loader(
         run.data,

@@ -10,12 +10,15 @@ from torch import nn
 
 from megavlm.build.costs import balanced_layout
 from megavlm.build.families import FolderModel, chunk_builder, frozen_tower, media_inputs, model_of_folder, state_map_of
+from megavlm.build.identity import model_identity
 from megavlm.build.run_config import RunConfig
 from megavlm.checkpoint.fresh import FreshWeights
 from megavlm.checkpoint.hf_folder import HFFolder
 from megavlm.checkpoint.hf_import import WeightSource, check_folder, load_weights
+from megavlm.checkpoint.pretrained import pretrained_weights
 from megavlm.checkpoint.sources import AliasedWeights
 from megavlm.errors import WeightsError
+from megavlm.log import get_logger
 from megavlm.model.backend import is_transformer_engine, spec_provider
 from megavlm.model.decoder.model import Decoder
 from megavlm.model.freeze import freeze_all_but
@@ -29,6 +32,8 @@ from megavlm.parallel.recompute import check_recompute, check_recompute_units, r
 from megavlm.parallel.schedule import InputFunction
 from megavlm.parallel.stages import build_chunks
 from megavlm.platform import machine
+
+logger = get_logger(__name__)
 
 
 @dataclass(frozen=True)
@@ -58,9 +63,8 @@ def build_model(run: RunConfig, groups: Groups) -> Model:
         run = with_layout(run)
         check_recompute_units(run.recompute, layers_of_chunks(run.parallel, run.decoder.num_layers))
     with contextlib.ExitStack() as files:
-        with agreed():
-            # Before memory is taken for what config.json says, it has to be what the files hold.
-            source, state_map = _checked_weights(run, files)
+        # Before memory is taken for what the settings say, it has to be what the files hold.
+        source, state_map = _checked_weights(run, groups, files)
         fields = _transformer_fields(run, engine)
         chunks = build_chunks(chunk_builder(run, provider), run.decoder, fields, run.parallel, groups)
         freeze_all_but(chunks, run.trainable)
@@ -93,17 +97,23 @@ def _transformer_fields(run: RunConfig, engine: bool) -> dict[str, Any]:
     }
 
 
-def _checked_weights(run: RunConfig, files: contextlib.ExitStack) -> tuple[WeightSource, StateMap]:
-    """The run's weights, all there and in the model's shapes, and their table; the folder stays open with `files`."""
+def _checked_weights(run: RunConfig, groups: Groups, files: contextlib.ExitStack) -> tuple[WeightSource, StateMap]:
+    """The run's weights, all there and in the model's shapes, and their table; files stay open with `files`."""
     state_map = state_map_of(run)
     source: WeightSource
-    if run.weights.load_hf is None:
-        source = FreshWeights(state_map, run.train.seed, run.decoder.init_method_std)
-    else:
-        folder = files.enter_context(HFFolder.open(run.weights.load_hf))
-        state_map = state_map_of(run, _check_config(folder, run).spelling)
-        source = AliasedWeights(folder, state_map.aliases, run.weights.load_hf)
-    check_folder(source, state_map, run.weights.load_hf or "fresh weights")
+    checkpoint = run.weights.pretrained_checkpoint
+    if checkpoint is not None:
+        source = files.enter_context(pretrained_weights(checkpoint, state_map, model_identity(run), groups))
+        logger.info("starting from the weights of %s", source.folder)
+    with agreed():
+        if run.weights.load_hf is not None:
+            folder = files.enter_context(HFFolder.open(run.weights.load_hf))
+            state_map = state_map_of(run, _check_config(folder, run).spelling)
+            source = AliasedWeights(folder, state_map.aliases, run.weights.load_hf)
+        elif checkpoint is None:
+            logger.info("starting from random weights: neither --load-hf nor --pretrained-checkpoint names others")
+            source = FreshWeights(state_map, run.train.seed, run.decoder.init_method_std)
+        check_folder(source, state_map, run.weights.load_hf or checkpoint or "fresh weights")
     return source, state_map
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from megavlm.build.log_config import LogConfig
 from megavlm.checkpoint.manager import CheckpointConfig
 from megavlm.config import Config, require
 from megavlm.data.chat import ChatConfig
@@ -23,7 +24,7 @@ from megavlm.model.towers.eva_config import EvaConfig, eva_tower
 from megavlm.model.towers.siglip_config import SIGLIP_SO400M, SiglipConfig
 from megavlm.parallel.layout import ParallelConfig, check_layout, nearest_degrees
 from megavlm.parallel.recompute import RecomputeConfig
-from megavlm.parallel.wrap import DataParallelConfig, OptimizerConfig
+from megavlm.parallel.wrap import PARTS_OF_RATES, DataParallelConfig, OptimizerConfig
 
 __all__ = [
     "SIGLIP_SO400M",
@@ -36,6 +37,7 @@ __all__ = [
     "DecoderConfig",
     "EvaConfig",
     "InfiMMConfig",
+    "LogConfig",
     "OptimizerConfig",
     "OverLong",
     "PackLimits",
@@ -72,13 +74,34 @@ class TrainConfig(Config):
     """Seed of fresh weights, data and dropout."""
     log_interval: int = 1
     """Steps between two log lines."""
+    eval_interval: int | None = None
+    """Steps between two evaluations on held-out data (`--valid-data-path`), with one at the end; none: no evaluation.
+    It changes nothing of the training."""
+    eval_iters: int = 10
+    """Global batches of held-out data in each evaluation, the same ones each time."""
+    max_nan_iterations: int = 3
+    """Steps in a row whose loss or gradient may be not finite, each left out, before the run stops."""
+    exit_duration_in_mins: float | None = None
+    """Minutes from the start of the process behind which the run saves, and ends with exit code 75; none: no limit."""
+    exit_interval: int | None = None
+    """The run saves and ends, with exit code 75, behind each step that this divides; none: it runs to its end."""
     images_per_row: float = 1.0
     """What the tower sees of a row on average, by which `--pipeline-model-parallel-layout auto` weighs it: images; of
     Aquila-VL tiles, of which an image has several."""
 
     def check(self) -> None:
-        for name in ("train_iters", "global_batch_size", "micro_batch_size", "log_interval"):
+        for name in (
+            "train_iters",
+            "global_batch_size",
+            "micro_batch_size",
+            "log_interval",
+            "eval_iters",
+            "max_nan_iterations",
+        ):
             require(getattr(self, name) >= 1, self, name, "must be at least 1", "use a positive number")
+        for name in ("eval_interval", "exit_duration_in_mins", "exit_interval"):
+            value = getattr(self, name)
+            require(value is None or value > 0, self, name, "must be above 0", "use a positive number, or leave it out")
         require(self.images_per_row >= 0, self, "images_per_row", "must not be negative", "use 0 for text alone")
         require(0 <= self.seed < 2**62, self, "seed", "is no seed", "use a number from 0 to 2**62")
         require(self.seq_length >= 2, self, "seq_length", "leaves nothing to predict", "use at least 2")
@@ -90,12 +113,22 @@ class WeightsConfig(Config):
 
     load_hf: str | None = None
     """Hugging Face folder to start from; none draws fresh weights from the seed."""
+    pretrained_checkpoint: str | None = None
+    """Folder that --save of another run has filled, or one checkpoint in it, to start from its weights alone: with an
+    optimizer, a schedule and a step of one's own, whatever was trained there and under whatever layout."""
     export_hf: str | None = None
     """Hugging Face folder to write at the end."""
 
     def check(self) -> None:
-        for name in ("load_hf", "export_hf"):
+        for name in ("load_hf", "pretrained_checkpoint", "export_hf"):
             require(getattr(self, name) != "", self, name, "is empty", "name a folder, or leave it out")
+        require(
+            self.load_hf is None or self.pretrained_checkpoint is None,
+            self,
+            "pretrained_checkpoint",
+            f"stands beside load_hf ({self.load_hf}), and weights come from one place",
+            "leave one of them out; --tokenizer names the folder of a tokenizer alone",
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,6 +165,8 @@ class RunConfig(Config):
     """Folders of weights."""
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     """The state of training on disk."""
+    log: LogConfig = field(default_factory=LogConfig)
+    """What the run tells of itself."""
     transformer_impl: Implementation = "auto"
     """Whose layers: Transformer Engine's, megatron-core's local ones, or auto (the former where installed)."""
     make_vocab_size_divisible_by: int = 128
@@ -141,6 +176,11 @@ class RunConfig(Config):
     def samples_per_step(self) -> int:
         """The global batch: samples of prepared data, or rows of toy text."""
         return self.train.global_batch_size if self.data is None else self.data.samples_per_step
+
+    @property
+    def tokenizer_folder(self) -> str | None:
+        """Where the tokenizer lies: the folder that the data settings name, or else that of the weights."""
+        return (self.data and self.data.tokenizer) or self.weights.load_hf
 
     def check(self) -> None:
         require(
@@ -180,13 +220,8 @@ class RunConfig(Config):
             "has the tower, which then cannot be encoded ahead by all stages",
             "use parallel.vision_over first_stage, or freeze the tower",
         )
-        require(
-            self.optimizer.tower_lr is None or "tower" in self.trainable,
-            self,
-            "optimizer.tower_lr",
-            "is for a trained vision tower, and this run's is frozen",
-            "leave --tower-lr out, or name tower among --trainable",
-        )
+        self._check_rates()
+        self._check_evaluation()
         parts = PARTS_OF_INFIMM if self.infimm else PARTS_OF_AQUILA_VL if self.aquila_vl else ("decoder",)
         require(
             any(part in parts for part in self.trainable),
@@ -202,6 +237,26 @@ class RunConfig(Config):
             "must be at least 1",
             "use 128",
         )
+
+    def _check_rates(self) -> None:
+        for name in self.optimizer.rates:
+            parts = PARTS_OF_RATES[name]
+            require(
+                any(part in self.trainable for part in parts),
+                self,
+                f"optimizer.{name}_lr",
+                f"is for a trained {name.replace('_', '-')}, and this run's is frozen",
+                f"leave --{name.replace('_', '-')}-lr out, or name {' or '.join(parts)} among --trainable",
+            )
+
+    def _check_evaluation(self) -> None:
+        if self.data is None:
+            return
+        is_there, is_asked_for = self.data.valid_path is not None, self.train.eval_interval is not None
+        remedy = "give --valid-data-path as well, or leave --eval-interval out"
+        require(is_there or not is_asked_for, self, "train.eval_interval", "has no held-out data", remedy)
+        remedy = "give --eval-interval as well, or leave --valid-data-path out"
+        require(is_asked_for or not is_there, self, "data.valid_path", "is never evaluated on", remedy)
 
 
 def check_degrees(run: RunConfig, world_size: int) -> None:

@@ -42,15 +42,12 @@ class HFFolder:
         if not path.is_dir():
             remedy = "give a folder on this machine, for example one made by `hf download NAME --local-dir FOLDER`"
             raise WeightsError("weights folder", str(path), "there is no such folder", remedy)
-        config = _read_json(path / "config.json")
-        entry = next((path / name for name in _ENTRY_FILES if (path / name).is_file()), None)
-        if entry is None:
-            problem = f"holds none of {', '.join(_ENTRY_FILES)}"
-            raise WeightsError("weights folder", str(path), problem, "copy or download the weights into it")
-        if entry.suffix == ".json":
-            return cls(path, config, _open_shards(entry))
-        file = open_weight_file(entry)
-        return cls(path, config, dict.fromkeys(file.tensors, file))
+        return cls(path, _read_json(path / "config.json"), _open_files(path))
+
+    @classmethod
+    def open_weights(cls, path: Path) -> HFFolder:
+        """The same of a folder that holds weights and no config."""
+        return cls(path, {}, _open_files(path))
 
     @classmethod
     def open_file(cls, path: str | Path) -> HFFolder:
@@ -126,6 +123,18 @@ def eos_token_ids(path: str | Path) -> tuple[int, ...]:
     if not all(isinstance(token, int) for token in ids):
         raise WeightsError(f"{path}: eos_token_id", found, "is no token", "write a number, or a list of numbers")
     return tuple(ids)
+
+
+def _open_files(path: Path) -> dict[str, SafetensorsFile | TorchFile]:
+    """The file of each tensor of a folder."""
+    entry = next((path / name for name in _ENTRY_FILES if (path / name).is_file()), None)
+    if entry is None:
+        problem = f"holds none of {', '.join(_ENTRY_FILES)}"
+        raise WeightsError("weights folder", str(path), problem, "copy or download the weights into it")
+    if entry.suffix == ".json":
+        return _open_shards(entry)
+    file = open_weight_file(entry)
+    return dict.fromkeys(file.tensors, file)
 
 
 def _open_shards(index: Path) -> dict[str, SafetensorsFile | TorchFile]:

@@ -12,7 +12,6 @@ import platform
 import shutil
 import threading
 import time
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +22,7 @@ import torch.distributed as dist
 from megavlm.checkpoint import shelf
 from megavlm.checkpoint.atomic import commit, open_staging, staging_path
 from megavlm.checkpoint.frozen import Digests, check_frozen, frozen_digests, frozen_name, write_frozen
+from megavlm.checkpoint.identity import check_identity
 from megavlm.checkpoint.sealed import seal, write_file
 from megavlm.checkpoint.shard_files import Plan, Written, write_lists, write_shards
 from megavlm.checkpoint.sharded import Counters, counters, load_checkpoint, plan_checkpoint
@@ -31,9 +31,11 @@ from megavlm.checkpoint.verify import verify_folders
 from megavlm.config import Config, option, require
 from megavlm.errors import CheckpointError, MegavlmError
 from megavlm.log import get_logger
-from megavlm.parallel.agree import agreed
+from megavlm.parallel.agree import agreed, said_by_first
 
 logger = get_logger(__name__)
+
+_OTHER_RUN = "go on with the settings of the checkpoint, or give --save another folder"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,14 +99,16 @@ class CheckpointManager:
         async_save: bool = False,
         load_previous_if_damaged: bool = False,
         max_save_failures: int = 3,
+        digests: Digests | None = None,
     ) -> None:
+        """`digests`: those of the frozen weights, where they are known already."""
         self.folder = Path(folder)
         self._keep_last, self._keep_every = keep_last, keep_every
         self._async_save, self._max_save_failures = async_save, max_save_failures
         self._load_previous = load_previous_if_damaged
         self._failures = 0
         self._pending: _Pending | None = None
-        self._digests: Digests | None = None
+        self._digests = digests
         self._sound_frozen: set[str] = set()
         self._is_open = False
         self.last_saved: int | None = None
@@ -166,7 +170,7 @@ class CheckpointManager:
         frozen = frozen_name(self._digests_of(state))
         if frozen is not None and frozen not in self._sound_frozen:
             path = self.folder / frozen
-            if _agreed_by_first(path.is_dir()):
+            if said_by_first(path.is_dir()):
                 verify_folders([], [path], *_place(state))
             else:
                 write_frozen(state, self._digests_of(state), path)
@@ -266,7 +270,7 @@ class CheckpointManager:
                     logger.warning("checkpoint of step %d is passed over: %s", step, error)
                 continue
             with agreed():
-                _check_identity(record, state, path)
+                check_identity(record["identity"], state.identity, path / shelf.RUN_FILE, _OTHER_RUN)
             held = self._digests_of(state)
             with agreed():
                 if record["frozen"] is not None:
@@ -284,7 +288,7 @@ class CheckpointManager:
         with agreed():
             if state.groups.rank == 0:
                 steps = self._look()
-        return list(_agreed_by_first(steps))
+        return list(said_by_first(steps))
 
     def _look(self) -> list[int]:
         saved = shelf.steps_saved(self.folder)[::-1]
@@ -320,32 +324,6 @@ class CheckpointManager:
 
 def _place(state: TrainState) -> tuple[int, int, torch.device]:
     return state.groups.rank, state.groups.world_size, state.groups.device
-
-
-def _agreed_by_first(value: Any) -> Any:
-    """What rank 0 says; the others may look at another moment, or through another cache."""
-    said = [value]
-    dist.broadcast_object_list(said, src=0)
-    return said[0]
-
-
-def _check_identity(record: Mapping[str, Any], state: TrainState, path: Path) -> None:
-    """Refuse a checkpoint of another model, by the first setting that differs."""
-    saved, mine = dict(_flat(record["identity"])), dict(_flat(state.identity))
-    for name in sorted(saved.keys() | mine.keys()):
-        if saved.get(name) != mine.get(name):
-            raise CheckpointError(
-                f"{path / shelf.RUN_FILE}: {name}",
-                saved.get(name),
-                f"this run has {mine.get(name)!r}",
-                "go on with the settings of the checkpoint, or give --save another folder",
-            )
-
-
-def _flat(data: Any, name: str = "") -> list[tuple[str, Any]]:
-    if isinstance(data, Mapping):
-        return [pair for key, value in data.items() for pair in _flat(value, f"{name}.{key}" if name else str(key))]
-    return [(name, list(data) if isinstance(data, list | tuple) else data)]
 
 
 def _versions() -> dict[str, str]:

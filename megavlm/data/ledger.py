@@ -54,6 +54,7 @@ class LedgerWriter:
         if rank == 0:
             self._check_settings(settings)
         set_aside(self.folder, rank, first_step)
+        self._names_all = bool(settings["data"].get("full_ledger"))
         self._file = (self.folder / _name(rank)).open("a", encoding="utf-8")
 
     def _check_settings(self, settings: dict[str, Any]) -> None:
@@ -79,8 +80,19 @@ class LedgerWriter:
                 wrong.append({"source": name, "index": int(plan.samples.index[place]), "problem": problem})
         if wrong:
             line["notes"] = wrong
+        if self._names_all:
+            line["names"] = _all_names(plan.samples, consumed, names)
         self._file.write(json.dumps(line) + "\n")
         self._file.flush()
+
+
+def _all_names(samples: StepSamples, chosen: Ints, names: Sequence[str]) -> dict[str, list[list[int]]]:
+    """Source -> (index, epoch) of each chosen sample."""
+    found: dict[str, list[list[int]]] = {}
+    for place in chosen.tolist():
+        pair = [int(samples.index[place]), int(samples.epoch[place])]
+        found.setdefault(names[int(samples.source[place])], []).append(pair)
+    return found
 
 
 def _what_orders(settings: dict[str, Any]) -> tuple[Any, Any]:

@@ -8,9 +8,10 @@ that saw it says so (`damaged`), and the caller tells the others before the step
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -23,6 +24,8 @@ from megavlm.data.sample import Sample
 from megavlm.data.step_plan import DataConfig, Planner, Source, StepPlan
 from megavlm.errors import DataError
 from megavlm.tiles import Ints
+
+T = TypeVar("T")
 
 OwnPictures = Callable[[Sequence[Sequence[int]]], list[tuple[int, ...]]]
 """(tiles of each picture of each row) -> the pictures of each row that this rank encodes."""
@@ -65,6 +68,19 @@ class StepBatches:
     plan: StepPlan
 
 
+class _Here(Executor):
+    """Does the work on the spot: what is looked for in a debugger should not hide in a thread."""
+
+    def submit(self, function: Callable[..., T], /, *arguments: Any, **named: Any) -> Future[T]:
+        done: Future[T] = Future()
+        done.set_result(function(*arguments, **named))
+        return done
+
+
+def _readers(threads: int) -> Executor:
+    return ThreadPoolExecutor(threads, thread_name_prefix="read") if threads else _Here()
+
+
 class Loader:
     """Makes the batches of any step, and steps ahead while others are computed."""
 
@@ -85,10 +101,13 @@ class Loader:
         self.config, self.words, self.sources, self.decoder = config, words, sources, decoder
         self.own_pictures, self.data_rank, self.data_size, self.empty = own_pictures, data_rank, data_size, empty
         self.planner = Planner(config, sources, words, seed)
-        self._threads = ThreadPoolExecutor(config.threads, thread_name_prefix="read")
+        self._threads = _readers(config.threads)
 
     def steps(self, first: int, last: int) -> Iterator[StepBatches]:
         """Steps first ... last - 1, some of them made ready ahead."""
+        if self.config.threads == 0:
+            yield from map(self.step, range(first, last))
+            return
         with ThreadPoolExecutor(1, thread_name_prefix="steps") as one:
             waiting: list[Future[StepBatches]] = []
             for step in range(first, min(first + self.config.ahead, last)):

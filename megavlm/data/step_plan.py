@@ -29,6 +29,9 @@ class DataConfig(Config):
 
     path: str = option("data", name="--data-path")
     """The folder that holds a prepared data set under each source's name."""
+    valid_path: str | None = option(None, name="--valid-data-path")
+    """Held-out data, prepared: below it those of a source stand under the source's name. `--eval-interval` says when
+    the loss on them is computed; sources without any are left out."""
     streams: tuple[StreamConfig, ...]
     """What each step takes of which data sets."""
     chat: ChatConfig = field(default_factory=ChatConfig)
@@ -40,15 +43,17 @@ class DataConfig(Config):
     decoder: Literal["auto", "dali", "pil", "exact"] = option("auto", name="--image-decoder")
     """What decodes pictures: NVIDIA DALI, PIL with torch's resize, PIL alone (exact), or DALI where it is installed."""
     threads: int = option(4, name="--num-workers")
-    """Threads that read and decode for the steps to come."""
+    """Threads that read and decode for the steps to come; 0 does it in the main thread, when it is needed."""
     ahead: int = option(2, name="--prefetch-steps")
     """Steps that are made ready while others are trained on."""
     most_damaged: float = option(0.01, name="--max-damaged-fraction")
     """Of all samples so far, those that could not be read: above it the run stops."""
+    full_ledger: bool = False
+    """Write every sample's name into the ledger, not only those that were damaged, cut or left out."""
 
     def check(self) -> None:
         require(len(self.streams) > 0, self, "streams", "is empty", "name at least one stream")
-        require(self.threads >= 1, self, "threads", "is below 1", "use 1 or more")
+        require(self.threads >= 0, self, "threads", "is negative", "use 0 or more")
         require(self.ahead >= 0, self, "ahead", "is negative", "use 0 or more")
         require(0 <= self.most_damaged <= 1, self, "most_damaged", "is no fraction", "use for example 0.01")
 

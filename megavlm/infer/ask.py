@@ -1,4 +1,4 @@
-"""One question to a Hugging Face folder: the settings of `megavlm generate`, and what they come to."""
+"""One question to a Hugging Face folder or a checkpoint: the settings of `megavlm generate`, and what they come to."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import json
 from dataclasses import dataclass, field
 from typing import Literal
 
+from megavlm.build.from_checkpoint import run_from_checkpoint
 from megavlm.build.from_folder import run_from_folder
 from megavlm.build.model import build_model
 from megavlm.build.run_config import ParallelConfig, PrecisionConfig, RunConfig, check_degrees
@@ -25,6 +26,10 @@ class GenerateConfig(Config):
 
     hf: str = ""
     """Hugging Face folder of the model, with its tokenizer."""
+    load_from: str = option("", name="--load")
+    """In its place: a folder that --save has filled, or one checkpoint in it."""
+    tokenizer: str | None = None
+    """Folder of the tokenizer; none: that of the folder, or the one that the checkpoint was trained with."""
     prompt: str = ""
     """The text to go on with; `<image>` where an image belongs."""
     image: tuple[str, ...] = ()
@@ -32,11 +37,11 @@ class GenerateConfig(Config):
     video: tuple[str, ...] = ()
     """Folders of a video's frames, or animated pictures, for the tags `<video>`."""
     chat: bool = False
-    """Ask the prompt as a question, in the folder's chat format."""
+    """Ask the prompt as a question, in the chat format of the folder, or of the checkpoint's training."""
     json: bool = False
     """Print one line of JSON: text, token_ids, prompt_token_ids."""
     params_dtype: Literal["float32", "bfloat16"] | None = option(None, name="--params-dtype")
-    """Number format of weights and activations; none: float32 if that is the folder's, else bfloat16."""
+    """Number format of weights and activations; none: float32 if it is theirs, else bfloat16."""
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     """Length of the answer and choice of its tokens."""
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
@@ -55,19 +60,47 @@ class Question:
 
 def read_question(config: GenerateConfig, world_size: int) -> Question:
     """Find all that is wrong with the question, its images, the folder and the layout."""
-    for name, value in (("--hf", config.hf), ("--prompt", config.prompt)):
+    remedy = "write megavlm generate --hf FOLDER --prompt TEXT, or --load CHECKPOINT for --hf FOLDER"
+    for name, value in (("--hf", config.hf or config.load_from), ("--prompt", config.prompt)):
         if not value:
-            raise ConfigError(name, value, "is missing", "write megavlm generate --hf FOLDER --prompt TEXT")
-    run = run_from_folder(config.hf)
+            raise ConfigError(name, value, "is missing", remedy)
+    if config.hf and config.load_from:
+        raise ConfigError(
+            "--load", config.load_from, "stands beside --hf, and one model is asked", "leave one of them out"
+        )
+    run, folder = _model(config)
     run = run.replace(
         parallel=config.parallel.replace(sequence_parallel=False),
-        precision=PrecisionConfig(params_dtype=config.params_dtype or _dtype_of(config.hf)),
+        precision=run.precision.replace(params_dtype=config.params_dtype or run.precision.params_dtype),
     )
     check_degrees(run, world_size)
-    tokenizer = Tokenizer(config.hf)
+    tokenizer = _tokenizer(config.tokenizer or folder)
     prompt = read_prompt(config.prompt, config.image, config.video, run, tokenizer, config.chat)
+    if not config.hf and config.sampling.eos_token_ids is None:
+        config = config.replace(sampling=config.sampling.replace(eos_token_ids=_end(tokenizer)))
     check_generation(run, [prompt], config.sampling)
     return Question(config, run, tokenizer, prompt)
+
+
+def _model(config: GenerateConfig) -> tuple[RunConfig, str | None]:
+    """What is asked, in its own number format, and where its tokenizer lies."""
+    if not config.hf:
+        return run_from_checkpoint(config.load_from)
+    run = run_from_folder(config.hf)
+    return run.replace(precision=PrecisionConfig(params_dtype=_dtype_of(config.hf))), config.hf
+
+
+def _tokenizer(folder: str | None) -> Tokenizer:
+    if folder is None:
+        problem = "is missing: the checkpoint's run had no tokenizer"
+        raise ConfigError("--tokenizer", None, problem, "name a folder with the model's tokenizer")
+    return Tokenizer(folder)
+
+
+def _end(tokenizer: Tokenizer) -> tuple[int, ...]:
+    """The token that ends a text, for a checkpoint has no list of them."""
+    token = tokenizer.token_of(tokenizer.end)
+    return () if token is None else (token,)
 
 
 def answer_question(question: Question, groups: Groups) -> str:

@@ -11,14 +11,14 @@ import torch
 from torch import Tensor
 
 from megavlm.batch import IGNORED
-from megavlm.build.run_config import AquilaVLConfig, RunConfig
-from megavlm.data.chat import Encoded, tag_first
+from megavlm.build.run_config import RunConfig
+from megavlm.data.chat import ChatConfig, Encoded, encode_chat, tag_first
 from megavlm.data.images import clip_pixels, decode_image, open_image
-from megavlm.data.sample import IMAGE_TAG, VIDEO_TAG
+from megavlm.data.sample import IMAGE_TAG, VIDEO_TAG, Turn
 from megavlm.data.splice import Medium, patch_rows_of, spliced_sample
 from megavlm.data.tokenizer import Tokenizer
 from megavlm.data.video import decode_video
-from megavlm.errors import DataError, WeightsError
+from megavlm.errors import ConfigError, DataError, WeightsError
 from megavlm.tiles import ImagePlan, patch_rows
 
 
@@ -41,31 +41,33 @@ def read_prompt(
 ) -> Prompt:
     """The prompt of a text and what belongs at its tags; with `chat` as a question in the chat format."""
     if run.aquila_vl is not None:
-        return _spliced_prompt(text, image_files, video_files, run.aquila_vl, tokenizer, chat)
+        return _spliced_prompt(text, image_files, video_files, run, tokenizer, chat)
     if video_files:
         raise DataError("--video", list(video_files), f"{run.name} reads no videos", "leave them out")
     if run.infimm is None:
         if image_files:
             raise DataError("--image", list(image_files), f"{run.name} is a decoder alone", "leave the images out")
-        return Prompt(_tokens(text, tokenizer, chat))
+        return Prompt(_as_tensor(_tokens(text, run, tokenizer, chat)))
     _check_tag(tokenizer, IMAGE_TAG, run.infimm.image_token_id)
     tags = text.count(IMAGE_TAG)
     _check_tags(tags, IMAGE_TAG, len(image_files))
     tower = run.infimm.tower
     pixels = [clip_pixels(open_image(file), tower.image_size) for file in image_files]
     patches = patch_rows(torch.stack(pixels), tower.patch_size) if pixels else None
-    return Prompt(_tokens(text, tokenizer, chat), tags, patches)
+    return Prompt(_as_tensor(_tokens(text, run, tokenizer, chat)), tags, patches)
 
 
 def _spliced_prompt(
     text: str,
     image_files: Sequence[str],
     video_files: Sequence[str],
-    parts: AquilaVLConfig,
+    run: RunConfig,
     tokenizer: Tokenizer,
     chat: bool,
 ) -> Prompt:
     """As training reads it: the tokens of each image and video in the place of its tag."""
+    parts = run.aquila_vl
+    assert parts is not None
     for tag, token, files in (
         (IMAGE_TAG, parts.image_token_id, image_files),
         (VIDEO_TAG, parts.video_token_id, video_files),
@@ -79,7 +81,7 @@ def _spliced_prompt(
         Medium("video" if one.ndim == 4 else "image", one.shape[-2], one.shape[-3], len(one) if one.ndim == 4 else 1)
         for one in pixels
     ]
-    tokens = tokenizer.encode_question(tag_first(text), in_parts=False) if chat else tokenizer.encode(text)
+    tokens = _tokens(text, run, tokenizer, chat)
     encoded = Encoded(np.array(tokens, np.int64), np.full(len(tokens), IGNORED))
     sample = spliced_sample(encoded, media, parts.grid, *parts.placeholders, where="--prompt")
     tiles = sum(plan.tiles for plan in sample.plans)
@@ -107,6 +109,23 @@ def _check_tags(tags: int, tag: str, files: int) -> None:
         )
 
 
-def _tokens(text: str, tokenizer: Tokenizer, chat: bool) -> torch.Tensor:
-    tokens = tokenizer.encode_question(text) if chat else tokenizer.encode(text)
+def _as_tensor(tokens: list[int]) -> Tensor:
     return torch.tensor(tokens, dtype=torch.int64)
+
+
+def _tokens(text: str, run: RunConfig, tokenizer: Tokenizer, chat: bool) -> list[int]:
+    if not chat:
+        return tokenizer.encode(text)
+    if run.data is not None:  # a checkpoint: as it was trained
+        return _question(text, run.data.chat, tokenizer)
+    if run.aquila_vl is not None:
+        return tokenizer.encode_question(tag_first(text), in_parts=False)
+    return tokenizer.encode_question(text)
+
+
+def _question(text: str, chat: ChatConfig, tokenizer: Tokenizer) -> list[int]:
+    if chat.template == "plain":
+        problem = "asks a checkpoint that was trained on captions alone, without a chat format"
+        raise ConfigError("--chat", True, problem, "leave out --chat")
+    tokens: list[int] = encode_chat([Turn("user", text)], tokenizer, chat, "--prompt", open_answer=True).tokens.tolist()
+    return tokens

@@ -79,7 +79,8 @@ def _load(run: RunConfig) -> Any:
             "record cases with it, and use --cases",
         )
     if run.weights.load_hf is None:
-        raise ConfigError("weights.load_hf", None, "leaves transformers nothing to load", "drop --load-hf")
+        remedy = "make a folder with `megavlm export-hf`, and name it by --hf"
+        raise ConfigError("--against", "transformers", "needs a Hugging Face folder", remedy)
     kind: Any = AutoModelForCausalLM
     if run.aquila_vl is not None:
         kind = LlavaOnevisionForConditionalGeneration

@@ -82,7 +82,7 @@ def _verify_case(
             off = (mine - case.logits.double())[read.bool()].abs().max()
             found.append(Deviation(name, "logits", off.item(), LOGITS_TOLERANCE))
     if case.loss is not None:
-        loss, _ = forward_backward(chunks, batches, groups, model.inputs)
+        loss = forward_backward(chunks, batches, groups, model.inputs).loss
         if groups.speaks:
             theirs = case.loss.double().item()
             found.append(Deviation(name, "loss", abs(loss - theirs) / abs(theirs), LOSS_TOLERANCE))

@@ -71,6 +71,8 @@ class StateMap:
     """Second names under which a folder may hold a tensor as well: second name -> name."""
     copies: Mapping[str, str] = field(default_factory=dict)
     """Tensors that a folder may hold beside its weights although they repeat others: name -> which it must equal."""
+    rows_apart: Mapping[str, tuple[str, tuple[int, ...]]] = field(default_factory=dict)
+    """Parameters of ours that take the place of rows of a frozen one: name -> (the frozen one's, which rows)."""
 
     def shape(self, entry: Entry, source: str) -> tuple[int, ...]:
         """The shape that the folder's tensor `source` must have."""
@@ -112,6 +114,7 @@ def merged(*maps: StateMap) -> StateMap:
         constants={name: table for part in maps for name, table in part.constants.items()},
         aliases={alias: name for part in maps for alias, name in part.aliases.items()},
         copies={copy: name for part in maps for copy, name in part.copies.items()},
+        rows_apart={name: rows for part in maps for name, rows in part.rows_apart.items()},
     )
 
 

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import TypeVar
 
 import torch.distributed as dist
 
 from megavlm.errors import MegavlmError, UnavailableError
+
+T = TypeVar("T")
 
 
 @contextmanager
@@ -34,3 +37,10 @@ def agreed() -> Iterator[None]:
     if first is not None:
         first.printed_by_rank = everyone.index(first)
         raise first
+
+
+def said_by_first(value: T) -> T:
+    """What rank 0 has; the others may have looked at another moment, or through another cache."""
+    said = [value]
+    dist.broadcast_object_list(said, src=0)
+    return said[0]

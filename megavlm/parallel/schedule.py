@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,6 +14,7 @@ from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor, nn
 
+from megavlm import ranges
 from megavlm.batch import TextBatch
 from megavlm.parallel.groups import Groups
 
@@ -65,28 +68,91 @@ def run_schedule(
     return kept
 
 
+@dataclass(frozen=True)
+class GlobalLoss:
+    """The loss of a global batch, on the last stage; elsewhere zeros."""
+
+    loss: float
+    """The mean over its target tokens, each with its weight."""
+    target_tokens: int
+    of_groups: list[tuple[float, int]]
+    """Of each group of tokens: (sum of losses without weights, target tokens)."""
+    first_bad: int | None
+    """The first of this rank's microbatches whose loss is not finite."""
+
+
+@dataclass(frozen=True)
+class TokenGroups:
+    """Tokens whose losses are also summed apart."""
+
+    number: int
+    """How many groups there are."""
+    of_tokens: Sequence[Tensor]
+    """[rows, length] of each microbatch: the group of each target token, -1 for all others."""
+
+
+@ranges.named("forward-backward")
 def forward_backward(
     chunks: Sequence[DistributedDataParallel],
     batches: Sequence[TextBatch],
     groups: Groups,
     inputs: InputFunction | None = None,
-) -> tuple[float, int]:
-    """Leave the gradient of the global batch's mean loss in `main_grad`; return that loss and its target tokens."""
+    apart: TokenGroups | None = None,
+) -> GlobalLoss:
+    """Leave the gradient of the global batch's mean loss in `main_grad`; return that loss."""
     for chunk in chunks:
         chunk.zero_grad_buffer()
-    sums = run_schedule(chunks, batches, _weighted_sum, inputs=inputs)
+    return global_loss(run_schedule(chunks, batches, _summed(batches, apart), inputs=inputs), groups)
+
+
+@torch.no_grad()
+def forward_loss(
+    chunks: Sequence[nn.Module],
+    batches: Sequence[TextBatch],
+    groups: Groups,
+    inputs: InputFunction | None = None,
+    apart: TokenGroups | None = None,
+) -> GlobalLoss:
+    """The loss alone."""
+    sums = run_schedule(chunks, batches, _summed(batches, apart), inputs=inputs, forward_only=True)
+    return global_loss(sums, groups)
+
+
+def global_loss(sums: Sequence[Tensor], groups: Groups) -> GlobalLoss:
+    """From what each microbatch of this data-parallel rank has summed, in one reduction."""
     if not groups.is_last_stage:
-        return 0.0, 0
-    total = torch.stack(sums).sum(0)
+        return GlobalLoss(0.0, 0, [], None)
+    mine = torch.stack(list(sums))
+    total = mine.sum(0)
     dist.all_reduce(total, group=groups.collection.dp)
-    return (total[0] / total[1].clamp(min=1)).item(), int(total[1])
+    loss, tokens, *apart = total.tolist()
+    bad = None
+    if not math.isfinite(loss):
+        bad = next((number for number, one in enumerate(mine[:, 0].tolist()) if not math.isfinite(one)), None)
+    of_groups = [(apart[number], int(apart[number + 1])) for number in range(0, len(apart), 2)]
+    return GlobalLoss(loss / max(tokens, 1.0), int(tokens), of_groups, bad)
 
 
-def _weighted_sum(batch: TextBatch, losses: Tensor) -> tuple[Tensor, Tensor, Any]:
-    """The sum of this microbatch's losses and the tokens it counts; megatron-core divides one sum by the other."""
-    total = (losses * batch.loss_weights).sum()
-    tokens = batch.target_tokens
-    return total, tokens, torch.stack([total.detach().double(), tokens.double()])
+def _summed(batches: Sequence[TextBatch], apart: TokenGroups | None) -> OutputFunction:
+    """What megatron-core takes of a microbatch: the sum of its losses and the tokens it counts, to divide by."""
+    tokens_of = {} if apart is None else {id(one): tokens for one, tokens in zip(batches, apart.of_tokens, strict=True)}
+
+    def summed(batch: TextBatch, losses: Tensor) -> tuple[Tensor, Tensor, Any]:
+        total, tokens = (losses * batch.loss_weights).sum(), batch.target_tokens
+        kept = [torch.stack([total.detach().double(), tokens.double()])]
+        if apart is not None:
+            kept.append(_sums_apart(losses.detach(), tokens_of[id(batch)], apart.number))
+        return total, tokens, torch.cat(kept)
+
+    return summed
+
+
+def _sums_apart(losses: Tensor, group_of: Tensor, number: int) -> Tensor:
+    """[2 * number]: of each group the sum of its losses, and how many they are."""
+    counts = (group_of >= 0).flatten()
+    groups = group_of.flatten()[counts]
+    pairs = torch.stack([losses.flatten()[counts].double(), torch.ones_like(groups, dtype=torch.float64)], dim=1)
+    return pairs.new_zeros(number, 2).index_add_(0, groups, pairs).flatten()
 
 
 def packed_rows(cu_seqlens: Tensor | None) -> PackedSeqParams | None:

@@ -21,6 +21,12 @@ def recipe(name: str) -> RunConfig:
     return RECIPES[name]()
 
 
+def stages_of(model: str) -> list[str]:
+    """The stages that a model goes through, in order, without another form of one; none of a name that is no model."""
+    known = (*infimm.STAGES, *aquila_vl.STAGES)
+    return [name.partition("/")[2] for name in RECIPES if name.startswith(f"{model}/") and name.split("/")[1] in known]
+
+
 def _remedy(name: str) -> str:
     model = name.partition("/")[0]
     stages = [known for known in RECIPES if known.startswith(f"{model}/")]
@@ -35,7 +41,8 @@ def listing() -> str:
     """All recipes, each with what it does in a line, the stages of a model together."""
     width = max(map(len, RECIPES))
     groups = []
-    for _, names in groupby(RECIPES, lambda name: name.partition("/")[0] if "/" in name else ""):
-        lines = (f"{name:<{width}}  {(RECIPES[name].__doc__ or '').strip().splitlines()[0]}" for name in names)
+    for model, names in groupby(RECIPES, lambda name: name.partition("/")[0] if "/" in name else ""):
+        lines = [f"{model:<{width}}  All of its stages in order, as one run."] if model else []
+        lines += (f"{name:<{width}}  {(RECIPES[name].__doc__ or '').strip().splitlines()[0]}" for name in names)
         groups.append("\n".join(lines))
     return "\n\n".join(groups)

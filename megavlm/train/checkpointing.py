@@ -10,15 +10,17 @@ from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from megavlm.build.families import state_map_of
+from megavlm.build.identity import model_identity
 from megavlm.build.model import Model
 from megavlm.build.run_config import RunConfig
+from megavlm.checkpoint.frozen import frozen_digests, frozen_name
 from megavlm.checkpoint.manager import CheckpointManager
 from megavlm.checkpoint.state import TrainState
 from megavlm.errors import CheckpointError
+from megavlm.log import get_logger
 from megavlm.parallel.groups import Groups
 
-_MAY_CHANGE = ("hidden_dropout", "attention_dropout", "init_method_std", "max_position_embeddings")
-"""Fields of the decoder that a run may change when it goes on."""
+logger = get_logger(__name__)
 
 
 def train_state(
@@ -45,13 +47,8 @@ def train_state(
 
 def run_identity(run: RunConfig) -> dict[str, Any]:
     """What makes two runs train the same weights: the model's shape and which parts of it learn."""
-    settings = run.to_dict()
-    decoder = {name: value for name, value in settings["decoder"].items() if name not in _MAY_CHANGE}
-    aquila_vl = settings["aquila_vl"] and {k: v for k, v in settings["aquila_vl"].items() if k != "grid"}
     return {
-        "decoder": decoder,
-        "infimm": settings["infimm"],
-        "aquila_vl": aquila_vl,
+        **model_identity(run),
         "trainable": sorted(run.trainable),
         "params_dtype": run.precision.params_dtype,
     }
@@ -62,6 +59,8 @@ class Checkpointing:
 
     def __init__(self, run: RunConfig, state: TrainState) -> None:
         self._settings, self._state = run.checkpoint, state
+        self._frozen = frozen_digests(state)
+        logger.info("frozen weights: %s", frozen_name(self._frozen) or "none")
         self._manager = self._manager_of(run.checkpoint.save_to) if run.checkpoint.save_to else None
 
     def resume(self) -> int:
@@ -79,14 +78,20 @@ class Checkpointing:
             raise CheckpointError("--load", load, "holds no checkpoint", "name a folder that --save has filled")
         return step
 
-    def after_step(self, step: int) -> None:
-        """Save if it is time, and look after a save in the background."""
+    def after_step(self, step: int) -> float | None:
+        """Save if it is time, and look after a save in the background; for how long a save stopped training, in ms."""
         if self._manager is None:
-            return
+            return None
         self._manager.poll(self._state)
         interval = self._settings.save_interval
-        if interval is not None and step % interval == 0:
-            self._manager.save(self._state, step)
+        if interval is None or step % interval:
+            return None
+        return self._manager.save(self._state, step)
+
+    def wait(self) -> None:
+        """Until a save in the background is on disk."""
+        if self._manager is not None:
+            self._manager.finish(self._state)
 
     def finish(self, step: int) -> None:
         """Save the end of the run, and wait until it is on disk."""
@@ -100,6 +105,21 @@ class Checkpointing:
             remedy = "make room, and run the same command again"
             raise CheckpointError("--save", self._settings.save_to, f"the last step, {step}, is not saved", remedy)
 
+    def check_frozen(self) -> None:
+        """At the end of training: that no bit of what is frozen has changed; every rank calls it."""
+        if not self._frozen:
+            return
+        now = frozen_digests(self._state)
+        changed = [name for name, digest in self._frozen.items() if now.get(name) != digest]
+        if changed:
+            problem = f"changed in training, one of {len(changed)}"
+            error = CheckpointError(
+                "frozen weights", changed[0], problem, "this must not be: report it, and check memory"
+            )
+            error.printed_by_rank = 0
+            raise error
+        logger.info("frozen weights unchanged: %s", frozen_name(now))
+
     def _manager_of(self, folder: str) -> CheckpointManager:
         settings = self._settings
         return CheckpointManager(
@@ -109,4 +129,5 @@ class Checkpointing:
             async_save=settings.async_save,
             load_previous_if_damaged=settings.load_previous_if_damaged,
             max_save_failures=settings.max_save_failures,
+            digests=self._frozen,
         )

@@ -3,53 +3,91 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
+from dataclasses import dataclass
 
-from megavlm.build.model import Model, build_model
+from megavlm import ranges
+from megavlm.build.model import Model
 from megavlm.build.run_config import RunConfig
-from megavlm.log import IterationStats, get_logger, log_iteration
-from megavlm.model.freeze import count_parts
+from megavlm.errors import DivergedError
+from megavlm.log import get_logger
 from megavlm.parallel.groups import Groups
-from megavlm.parallel.wrap import gather_parameters, wrap_data_parallel
-from megavlm.train.checkpointing import Checkpointing, train_state
-from megavlm.train.feed import feed
-from megavlm.train.optim import build_optimizer
-from megavlm.train.step import train_step
+from megavlm.parallel.wrap import gather_parameters
+from megavlm.train.callbacks import build_callbacks
+from megavlm.train.callbacks.chain import Chain
+from megavlm.train.evaluation import Evaluation
+from megavlm.train.feed import FedStep, feed
+from megavlm.train.finite import FiniteCheck
+from megavlm.train.progress import Progress
+from megavlm.train.report import RunStart
+from megavlm.train.stopping import Stopping
+from megavlm.train.training import build_training
 
 logger = get_logger(__name__)
 
 
-def train(run: RunConfig, groups: Groups) -> Model:
-    """Train as the run says and return this process's part of the model."""
-    model = build_model(run, groups)
-    wrapped = wrap_data_parallel(list(model.chunks), run.data_parallel)
-    optimizer, scheduler = build_optimizer(wrapped, run)
-    logger.info("training %s on %d processes", run.name, groups.world_size)
-    for count in count_parts(model.chunks):
-        logger.info("%s: %d parameters on this rank, %d of them trained", count.part, count.parameters, count.trained)
-    checkpointing = Checkpointing(run, train_state(run, model, wrapped, optimizer, scheduler, groups))
-    done = checkpointing.resume()
-    began = time.perf_counter()
-    for iteration, batches in enumerate(feed(run, model, groups, done), done + 1):
-        learning_rate = scheduler.get_lr({})  # a stage where all is frozen has no group to ask for
-        result = train_step(wrapped, optimizer, batches, groups, model.inputs)
-        scheduler.step(increment=1)
-        if groups.speaks and iteration % run.train.log_interval == 0:
-            elapsed = (time.perf_counter() - began) * 1000 / run.train.log_interval
-            log_iteration(
-                IterationStats(
-                    iteration=iteration,
-                    train_iters=run.train.train_iters,
-                    consumed_samples=iteration * run.samples_per_step,
-                    elapsed_time_per_iteration_ms=elapsed,
-                    learning_rate=learning_rate,
-                    global_batch_size=run.samples_per_step,
-                    losses={"lm loss": result.loss},
-                    grad_norm=result.grad_norm,
-                    skipped_iterations=0 if result.applied else 1,
-                )
-            )
-            began = time.perf_counter()
-        checkpointing.after_step(iteration)
-    checkpointing.finish(max(done, run.train.train_iters))
-    gather_parameters(wrapped)
-    return model
+@dataclass(frozen=True)
+class Outcome:
+    """Where a run ended."""
+
+    model: Model
+    """This process's part."""
+    iteration: int
+    """The last step that was done."""
+    stopped: str | None
+    """Why it ended before its last step: a signal's name, or an option; None: it is complete."""
+
+
+def train(run: RunConfig, groups: Groups) -> Outcome:
+    """Train as the run says, from its latest checkpoint on; what was trained is saved when this returns."""
+    stopping = Stopping(run.train, groups)
+    training = build_training(run, groups)
+    iteration = done = training.checkpointing.resume()
+    chain = Chain(build_callbacks(run, groups))
+    stopped = stopping.agreed()
+    try:
+        chain.start(RunStart(run=run, groups=groups, model=training.model, first_iteration=done + 1))
+        evaluation = Evaluation(training, stopping)
+        progress, finite = Progress(run), FiniteCheck(run.train, groups)
+        for waited, step in timed(feed(run, training.model, groups, done)) if not stopped else ():
+            iteration = step.iteration
+            chain.before_step(iteration)
+            rates = training.learning_rates()
+            result = training.step(step, stopping.wanted())
+            chain.after_step(progress.report(step, result, rates, waited))
+            finite.after_step(step, result)
+            blocked = training.checkpointing.after_step(iteration)
+            if blocked is not None:
+                chain.saved(iteration, blocked)
+            stopped = stopping.reason(result.stop, iteration)
+            if not stopped:
+                losses, stopped = evaluation.after_step(iteration)
+                if losses is not None:
+                    chain.evaluated(iteration, losses)
+            if stopped:
+                break
+            progress.next_step()
+    except DivergedError:
+        training.checkpointing.wait()
+        raise
+    finally:
+        chain.end(iteration)
+    if iteration > done or not stopped:
+        training.checkpointing.finish(iteration)
+    gather_parameters(training.chunks)
+    if iteration >= run.train.train_iters:
+        training.checkpointing.check_frozen()
+        return Outcome(training.model, iteration, None)
+    logger.info("stopped behind step %d of %d: %s", iteration, run.train.train_iters, stopped)
+    return Outcome(training.model, iteration, stopped)
+
+
+def timed(steps: Iterator[FedStep]) -> Iterator[tuple[float, FedStep]]:
+    """Each step, and for how many seconds it was waited for."""
+    while True:
+        began = time.perf_counter()
+        with ranges.named("data"):
+            step = next(steps, None)
+        if step is None:
+            return
+        yield time.perf_counter() - began, step

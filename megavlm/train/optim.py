@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
@@ -32,3 +34,14 @@ def build_optimizer(
         wd_incr_style="constant",
     )
     return optimizer, scheduler
+
+
+def learning_rates(scheduler: OptimizerParamScheduler, run: RunConfig) -> Mapping[str, float]:
+    """Of the step to come: that of the run under "", and by part where it has another one.
+
+    Asked of the schedule and not of the optimizer, which on some ranks has nothing to learn.
+    """
+    own = run.optimizer.rates.items()
+    return {"": scheduler.get_lr({})} | {
+        name: scheduler.get_lr({"max_lr": highest, "min_lr": lowest}) for name, (highest, lowest) in own
+    }

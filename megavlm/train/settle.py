@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 import torch.distributed as dist
@@ -14,8 +14,20 @@ from megavlm.data.loader import Damage, StepBatches
 from megavlm.parallel.groups import Groups
 
 
-def settle(found: StepBatches, groups: Groups, stream_weights: Sequence[float]) -> tuple[list[TextBatch], list[Damage]]:
-    """The step's batches, each token with its weight; and the damage that any rank of the model-parallel group saw.
+@dataclass(frozen=True)
+class Settled:
+    """A step as it is computed."""
+
+    batches: list[TextBatch]
+    """Each token with its weight."""
+    source_of_tokens: list[Tensor]
+    """[1, length] of each batch: the number of the source of each target token, -1 for all others."""
+    damaged: list[Damage]
+    """What any rank of the model-parallel group saw."""
+
+
+def settle(found: StepBatches, groups: Groups, stream_weights: Sequence[float], source_names: Sequence[str]) -> Settled:
+    """The step's batches, and the damage in them.
 
     The loss is the sum over streams of weight x (mean over the stream's target tokens in the global batch). It is
     computed as one mean over all target tokens, so a stream's tokens weigh more where it has fewer of them.
@@ -24,10 +36,12 @@ def settle(found: StepBatches, groups: Groups, stream_weights: Sequence[float]) 
     batches = [
         _without(batch, [one.document for one in damaged if one.row == row]) for row, batch in enumerate(found.batches)
     ]
-    streams = [
-        _stream_of_tokens(batch, [name.stream for name in names])
-        for batch, names in zip(batches, found.samples, strict=True)
-    ]
+    number = {name: place for place, name in enumerate(source_names)}
+    sources, streams = [], []
+    for batch, names in zip(batches, found.samples, strict=True):
+        of_token = _of_tokens(batch, [number[name.source] for name in names])
+        sources.append(torch.where(batch.loss_weights > 0, of_token, -1))
+        streams.append(_of_tokens(batch, [name.stream for name in names]))
     if len(stream_weights) == 1:
         factors = torch.tensor(stream_weights, dtype=torch.float32)
     else:
@@ -36,7 +50,7 @@ def settle(found: StepBatches, groups: Groups, stream_weights: Sequence[float]) 
         replace(batch, loss_weights=batch.loss_weights * factors[of_token])
         for batch, of_token in zip(batches, streams, strict=True)
     ]
-    return weighted, damaged
+    return Settled(weighted, sources, damaged)
 
 
 def _damage_of_all(found: StepBatches, groups: Groups) -> list[Damage]:
@@ -61,12 +75,12 @@ def _without(batch: TextBatch, documents: Sequence[int]) -> TextBatch:
     return replace(batch, loss_weights=weights)
 
 
-def _stream_of_tokens(batch: TextBatch, streams: Sequence[int]) -> Tensor:
-    """[1, length]: the stream of each token; padding counts as the first one's, and weighs nothing."""
+def _of_tokens(batch: TextBatch, of_samples: Sequence[int]) -> Tensor:
+    """[1, length]: of each token the number of its sample; padding has 0, and weighs nothing."""
     assert batch.cu_seqlens is not None
     lengths = batch.cu_seqlens.diff()
     of_document = torch.zeros(len(lengths), dtype=torch.int64)
-    of_document[: len(streams)] = torch.tensor(streams, dtype=torch.int64)
+    of_document[: len(of_samples)] = torch.tensor(of_samples, dtype=torch.int64)
     return torch.repeat_interleave(of_document, lengths.long()).unsqueeze(0)
 
 

@@ -142,7 +142,7 @@ def test_bf16_follows_float32_with_masters_in_float32() -> None:
 def weights_after_training(run: RunConfig) -> dict[str, Tensor]:
     """What the loop hands to the exporter."""
     groups = process_groups.start(run.parallel)
-    model = train(run, groups)
+    model = train(run, groups).model
     process_groups.stop()
     return {name: parameter.detach().clone() for part in model.parts() for name, parameter in part.named_parameters()}
 

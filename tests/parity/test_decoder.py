@@ -200,7 +200,7 @@ def check_numbers(run: RunConfig, groups: process_groups.Groups, expected: dict[
     if groups.is_last_stage:
         rows = slice(groups.data_rank, None, groups.data_size)
         assert_logits_close(torch.cat(logits), expected["logits"][rows])
-    loss, _ = forward_backward(wrapped, batches, groups)
+    loss = forward_backward(wrapped, batches, groups).loss
     if groups.is_last_stage:
         assert_losses_close(loss, expected["loss"])
     check_gradients(wrapped, run, groups, expected["gradients"])

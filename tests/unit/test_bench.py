@@ -6,6 +6,7 @@ import itertools
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -134,7 +135,7 @@ def quick_rows(path: str) -> int:
 def test_each_benchmark_runs(tmp_path: Path) -> None:
     assert spawn(quick_rows, 1, str(tmp_path / "rows.json")) == [0]
     rows = json.loads((tmp_path / "rows.json").read_text())
-    assert [row["benchmark"] for row in rows] == bench._for_this_machine()
+    assert list(dict.fromkeys(row["benchmark"] for row in rows)) == bench._for_this_machine()
     for row in rows:
         assert row["ratio"]["median"] > 0
         assert all(times["min"] > 0 for times in row["times"].values())
@@ -226,3 +227,12 @@ def reduced_over_ranks(overlap: bool) -> list[float]:
 def test_gradients_are_reduced_over_one_rank_and_over_two(ranks: int, overlap: bool) -> None:
     expected = [1.0] * 4 if ranks == 1 else [3.0] * 4
     assert spawn(reduced_over_ranks, ranks, overlap) == [expected] * ranks
+
+
+def test_a_side_beside_is_timed_each_round_and_stays_out_of_the_ratio() -> None:
+    calls: list[str] = []
+    two = comparison(passes(9.0, 0.1, 0.3), passes(9.0, 0.2, 0.6), warmup=1, calls=calls)
+    floor = iter(passes(9.0, 0.01, 0.03, loss=7.0))
+    row = measure(replace(two, beside=Side("floor", lambda: next(floor))))
+    assert row.ratio.median == pytest.approx(0.5)
+    assert list(row.times) == ["ours", "theirs", "floor"] and row.times["floor"].min == pytest.approx(10.0)

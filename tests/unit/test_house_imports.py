@@ -8,7 +8,7 @@ from fnmatch import fnmatchcase
 import pytest
 from python_source import ROOT, Use, module_name, python_files, relative, uses
 
-BASE_MODULES = ("config", "options", "errors", "log", "batch", "tiles")
+BASE_MODULES = ("config", "options", "errors", "log", "batch", "tiles", "signals", "ranges")
 """The modules (or folders) directly under megavlm/ that are the room `base`."""
 
 ROOMS: dict[str, dict[str, tuple[str, ...]]] = {
@@ -53,7 +53,7 @@ ROOMS: dict[str, dict[str, tuple[str, ...]]] = {
         "packages": (),
     },
     "plan": {"rooms": ("base", "build", "data", "model", "parallel"), "packages": ()},
-    "curriculum": {"rooms": ("base", "build", "train", "checkpoint", "export"), "packages": ()},
+    "curriculum": {"rooms": ("base", "build", "train", "parallel", "checkpoint", "export"), "packages": ()},
     "recipes": {"rooms": ("base", "build"), "packages": ()},
     # The toy world's models from their bases to their answers; what it starts as a process of its own, it imports not.
     "toy": {
@@ -70,7 +70,11 @@ standard library and the packages in EVERYWHERE. A missing room (cli, bench) may
 EVERYWHERE = ("torch", "numpy")
 EXPORTED_FILES = "megavlm.export.infimm_files"
 FREE_ROOMS = ("cli", "commands", "data_commands", "bench", "__main__")
-EXTRA_PACKAGES = {"megavlm.infer.record": ("transformers", "safetensors"), "megavlm.platform.cpu": ("megatron.core",)}
+EXTRA_PACKAGES = {
+    "megavlm.infer.record": ("transformers", "safetensors"),
+    "megavlm.platform.cpu": ("megatron.core",),
+    "megavlm.train.callbacks.weights_and_biases": ("wandb",),
+}
 """Single modules that may import more than their room."""
 
 FORBIDDEN_EVERYWHERE = ("megatron.training", "megatron.legacy")

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import itertools
+import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from qwen_hf import write_tokenizer
@@ -15,6 +17,7 @@ from megavlm.data.chat import ChatConfig
 from megavlm.data.decode import PilDecoder
 from megavlm.data.decode_jobs import TILED
 from megavlm.data.formats import SampleFormat, SplicedFormat
+from megavlm.data.ledger import LedgerWriter
 from megavlm.data.loader import Loader, StepBatches
 from megavlm.data.order import SourceConfig, StreamConfig
 from megavlm.data.packing import PackLimits
@@ -25,6 +28,7 @@ from megavlm.data.tokenizer import Tokenizer
 from megavlm.data.toy_world.samples import toy_samples
 from megavlm.data.toy_world.world import SampleKind, ToyWorld
 from megavlm.tiles import GridConfig
+from megavlm.train.work import work_of_plan
 
 GRID = GridConfig(tile_size=56, max_tiles_per_side=2, cap_tiles=3)
 STEP = 12
@@ -102,6 +106,23 @@ def test_ranks_share_out_the_same_rows(data: Path) -> None:
                 assert torch.equal(batch.media.patches, rows[names].media.patches)
 
 
+def test_the_work_of_a_step_is_what_its_batches_hold(data: Path) -> None:
+    found = loader_of(data).step(0)
+    work = work_of_plan(found.plan)
+    lengths, seeing, row_tokens, tiles, images = [], 0, 0, 0, 0
+    for batch, names in zip(found.batches, found.samples, strict=True):
+        assert batch.cu_seqlens is not None and batch.media is not None
+        of_row = batch.cu_seqlens.diff().tolist()[: len(names)]  # behind the samples stands padding
+        lengths += of_row
+        seeing += sum(length for length, name in zip(of_row, names, strict=True) if name.source != "text")
+        row_tokens, tiles = row_tokens + batch.tokens.numel(), tiles + batch.media.images
+        images += len(batch.media.tiles)
+    assert (work.samples, work.rows, work.row_tokens) == (STEP, len(found.batches), row_tokens)
+    assert (work.tokens, work.squared_lengths) == (sum(lengths), sum(length**2 for length in lengths))
+    assert (work.images, work.tiles, work.seeing_tokens) == (images, tiles, seeing)
+    assert 0 < work.seeing_tokens < work.tokens < work.row_tokens
+
+
 def test_every_sample_is_seen_twice_in_two_epochs(data: Path) -> None:
     loader = loader_of(data)
     seen: dict[Any, int] = {}
@@ -112,7 +133,7 @@ def test_every_sample_is_seen_twice_in_two_epochs(data: Path) -> None:
 
 
 def test_steps_ahead_are_the_steps_themselves(data: Path) -> None:
-    for ahead, threads in ((0, 1), (3, 4)):
+    for ahead, threads in ((0, 1), (1, 2), (2, 3), (3, 4), (2, 0)):
         loader = loader_of(data, ahead=ahead, threads=threads)
         found = list(loader.steps(2, 6))
         assert [step.step for step in found] == [2, 3, 4, 5]
@@ -177,3 +198,17 @@ def assert_alike_but_one(expected: StepBatches, found: StepBatches) -> None:
         others[start:end] = False
         assert torch.equal(old.tokens[:, others], new.tokens[:, others])
         assert torch.equal(old.loss_weights[:, others], new.loss_weights[:, others])
+
+
+@pytest.mark.parametrize("is_full", [False, True])
+def test_a_full_ledger_names_every_sample(data: Path, tmp_path: Path, is_full: bool) -> None:
+    loader = loader_of(data, full_ledger=is_full)
+    step, places = loader.step(3), np.arange(loader.config.samples_per_step)
+    names = [source.name for source in loader.sources]
+    LedgerWriter(tmp_path, 0, {"data": loader.config.to_dict(), "seed": 5}, 3).write(step, places, [], names)
+    (line,) = (json.loads(text) for text in (tmp_path / "rank-00000.jsonl").read_text().splitlines())
+    expected = loader.planner.order.step(3)
+    told = {(name, index, epoch) for name, pairs in line.get("names", {}).items() for index, epoch in pairs}
+    columns = (expected.source, expected.index, expected.epoch)
+    everything = {(names[int(s)], int(i), int(e)) for s, i, e in zip(*columns, strict=True)}
+    assert told == (everything if is_full else set())

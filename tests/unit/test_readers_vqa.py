@@ -90,3 +90,41 @@ def test_a_bad_record_is_refused(tmp_path: Path, record: dict[str, Any], reason:
     samples, refusals = read_all(write_json(tmp_path / "x.json", [{"image": "a.png", **record}]), "vqa")
     assert samples == []
     assert refusals[0].reason.startswith(reason)
+
+
+def test_vqav2_has_its_answers_in_another_file_and_numbers_for_pictures(tmp_path: Path) -> None:
+    write_pictures(tmp_path, ["COCO_train2014_000000000009.jpg", "000000000025.jpg"])
+    questions = [
+        {"image_id": 9, "question": "Who?", "question_id": 9000},
+        {"image_id": 25, "question": "What?", "question_id": 25001},
+        {"image_id": 9, "question": "Where?", "question_id": 9001},
+        {"image_id": 7, "question": "When?", "question_id": 9000},
+    ]
+    said = [{"answer": "b", "answer_id": 1}, {"answer": "a", "answer_id": 2}, {"answer": "a", "answer_id": 3}]
+    annotations = [
+        {"question_id": 25001, "image_id": 25, "answers": [{"answer": "c"}], "multiple_choice_answer": "c"},
+        {"question_id": 9000, "image_id": 9, "answers": said},
+        {"question_id": 9001, "image_id": 9, "answers": []},
+    ]
+    path = write_json(tmp_path / "v2_questions.json", {"info": {}, "data_subtype": "train2014", "questions": questions})
+    answers = write_json(tmp_path / "v2_annotations.json", {"license": {}, "annotations": annotations})
+    samples, refusals = read_all(path, "vqa", dataset="VQAv2", annotations=str(answers))
+    assert [(sample.turns[0].text, sample.turns[1].text) for sample in samples] == [
+        (f"<image>\nWho?\n{ONE_WORD}", "a"),
+        (f"<image>\nWhat?\n{ONE_WORD}", "c"),
+    ]
+    assert [refusal.reason.partition(":")[0] for refusal in refusals] == ["no answer", "picture missing"]
+    without, refusals = read_all(path, "vqa", dataset="VQAv2")
+    assert without == [] and len(refusals) == 4
+
+
+def test_coco_captions_name_pictures_by_their_number_in_another_list(tmp_path: Path) -> None:
+    write_pictures(tmp_path, ["a.png", "b.png"])
+    images = [{"id": 1, "file_name": "a.png"}, {"id": 2, "file_name": "b.png"}, {"id": 3}]
+    captions = [{"image_id": number, "id": 7, "caption": f"Picture {number}."} for number in (2, 1, 2, 3)]
+    path = write_json(tmp_path / "captions_train2014.json", {"info": {}, "images": images, "annotations": captions})
+    samples, refusals = read_all(path, "vqa")
+    assert [sample.turns[1].text for sample in samples] == ["Picture 2.", "Picture 1.", "Picture 2."]
+    files = [sample.pictures[0].files[0] for sample in samples]
+    assert files == [(tmp_path / name).read_bytes() for name in ("b.png", "a.png", "b.png")]
+    assert len(refusals) == 1

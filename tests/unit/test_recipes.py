@@ -39,6 +39,9 @@ TABLE_7: dict[str, tuple[Any, Any, Any]] = {
     "optimizer.lr_warmup_iters": (6_000, 500, 300),
     "optimizer.lr_warmup_fraction": (None,) * 3,
     "optimizer.tower_lr": (None,) * 3,
+    "optimizer.connector_lr": (None,) * 3,
+    "optimizer.cross_attention_lr": (None,) * 3,
+    "optimizer.decoder_lr": (None,) * 3,
     "train.train_iters": (285_000, 10_000, 6_000),
     "samples_per_step": (5120, 256, 64),
     "train.global_batch_size": (5120, 256, 64),
@@ -116,6 +119,8 @@ OF_EVERY_STAGE = {
     "optimizer.lr_warmup_fraction": 0.03,
     "optimizer.lr_warmup_iters": 0,
     "optimizer.tower_lr": None,
+    "optimizer.connector_lr": None,
+    "optimizer.decoder_lr": None,
     "optimizer.weight_decay": 0.0,
     "optimizer.clip_grad": 1.0,
     "optimizer.adam_beta1": 0.9,
@@ -334,13 +339,15 @@ def test_warm_up_as_a_fraction_is_whole_steps() -> None:
 
 def test_a_frozen_tower_has_no_rate() -> None:
     assert recipe("aquila-vl-2b/2a").override("optimizer.tower_lr=2e-6").optimizer.tower_lr == 2e-6
-    with pytest.raises(ConfigError, match=r"optimizer\.tower_lr = 2e-06: is for a trained vision tower"):
+    with pytest.raises(ConfigError, match=r"optimizer\.tower_lr = 2e-06: is for a trained tower"):
         recipe("aquila-vl-2b/1").override("optimizer.tower_lr=2e-6")
 
 
 def test_the_listing_has_every_recipe_and_keeps_models_together() -> None:
     lines = listing().split("\n")
-    assert [line.split()[0] for line in lines if line] == list(RECIPES)
+    names = [line.split()[0] for line in lines if line]
+    assert [name for name in names if name in RECIPES] == list(RECIPES)
+    assert {name for name in names if name not in RECIPES} == {n.partition("/")[0] for n in RECIPES if "/" in n}
     groups = [
         {line.partition("/")[0] for line in group.split("\n") if "/" in line} for group in listing().split("\n\n")
     ]

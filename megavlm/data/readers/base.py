@@ -43,6 +43,8 @@ class ReadOptions(Config):
     """Folder that the names of pictures start from; by default the one that the file itself lies in."""
     dataset: str | None = None
     """Name of the data set, by which losses are told apart and prompts chosen; by default the file's or folder's."""
+    annotations: str | None = None
+    """VQA-style questions without answers: the file that has these, by `question_id`, as of VQAv2 and OK-VQA."""
     most_record_mib: int = 64
     """A larger record of json or of a tar is refused, before it is held in memory."""
     most_pictures: int = 1024

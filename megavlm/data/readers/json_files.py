@@ -18,6 +18,8 @@ from megavlm.errors import DataError
 
 LISTS = ("data", "annotations", "questions", "samples", "records")
 """Names under which an object holds its list of records, as DocVQA's and COCO's files do."""
+PICTURE_LIST, PICTURE_ID, PICTURE_NAME = "images", "image_id", "file_name"
+"""COCO's second list, of the pictures that its records name by a number; it stands before the records."""
 NO_RECORDS = ("info", "license", "licenses", "meta", "metadata")
 _BLOCK = MIB
 _BOM = b"\xef\xbb\xbf"
@@ -115,12 +117,17 @@ def _members(scanner: _Scanner, most: int) -> Iterator[Entry]:
     if scanner.peek() == b"}":
         scanner.take()
         return
+    names: dict[int | str, str] = {}
     while True:
         key = scanner.key()
         opening = scanner.peek()
-        if opening == b"[" and key in LISTS:
+        if opening == b"[" and key == PICTURE_LIST:
             scanner.take()
-            yield from _array(scanner, most)
+            names = _picture_names(scanner, most)
+        elif opening == b"[" and key in LISTS:
+            scanner.take()
+            for entry in _array(scanner, most):
+                yield functools.partial(_with_picture, names, entry) if names else entry
         else:
             is_record = opening == b"{" and key not in NO_RECORDS
             text = scanner.value(most if is_record else 0)
@@ -131,6 +138,29 @@ def _members(scanner: _Scanner, most: int) -> Iterator[Entry]:
             return
         if following != b",":
             scanner.fail(f"has {following!r} where , or }} was expected" if following else "breaks off")
+
+
+def _picture_names(scanner: _Scanner, most: int) -> dict[int | str, str]:
+    """Id -> name of the file, of each picture that has both."""
+    found: dict[int | str, str] = {}
+    for entry in _array(scanner, most):
+        try:
+            record = entry()
+        except Bad:
+            continue  # what needs it will say that its picture is missing
+        number, name = record.get("id"), record.get(PICTURE_NAME)
+        if isinstance(number, int | str) and isinstance(name, str):
+            found[number] = name
+    return found
+
+
+def _with_picture(names: dict[int | str, str], entry: Entry) -> Record:
+    """The record, with the name of its picture where it has a number alone."""
+    record = entry()
+    number = record.get(PICTURE_ID)
+    if isinstance(number, int | str) and number in names and PICTURE_NAME not in record:
+        return {**record, PICTURE_NAME: names[number]}
+    return record
 
 
 class _Scanner:

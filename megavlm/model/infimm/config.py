@@ -33,6 +33,11 @@ class InfiMMConfig(Config):
     eoc_token_id: int = 32000
     """The token that ends what was said of an image."""
 
+    @property
+    def new_tokens(self) -> tuple[int, int]:
+        """The two that the decoder did not know, in the order of the rows that learn for them."""
+        return self.eoc_token_id, self.image_token_id
+
     def check(self) -> None:
         require(self.model_type in _KINDS, self, "model_type", "is no InfiMM", f"use one of {', '.join(_KINDS)}")
         require(

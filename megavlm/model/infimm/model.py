@@ -64,7 +64,7 @@ class InfiMM(Decoder):
         self.new_input: NewInputRows | None = None
         self.new_output: NewOutputRows | None = None
         if train_new_tokens:
-            self._add_new_tokens((parts.eoc_token_id, parts.image_token_id))
+            self._add_new_tokens(parts.new_tokens)
 
     def _add_new_tokens(self, token_ids: tuple[int, ...]) -> None:
         first_row = self.pg_collection.tp.rank() * (self.vocab_size // self.pg_collection.tp.size())

@@ -43,7 +43,14 @@ def infimm_state_map(decoder: DecoderConfig, parts: InfiMMConfig) -> StateMap:
         resampler_state_map(parts.resampler, ours="resampler."),
         eva_state_map(parts.tower, ours="tower."),
     )
-    return replace(whole, aliases={alias: name for name in whole.folder_shapes() if (alias := _alias(name))})
+    return replace(
+        whole,
+        aliases={alias: name for name in whole.folder_shapes() if (alias := _alias(name))},
+        rows_apart={
+            "new_input.rows": ("embedding.word_embeddings.weight", parts.new_tokens),
+            "new_output.rows": ("output_layer.weight", parts.new_tokens),
+        },
+    )
 
 
 def _alias(name: str) -> str | None:
