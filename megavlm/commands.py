@@ -13,6 +13,7 @@ import torch
 from megavlm.build.data_check import check_data
 from megavlm.build.from_checkpoint import run_from_checkpoint
 from megavlm.build.from_folder import run_from_folder
+from megavlm.build.log_config import check_installed
 from megavlm.build.model import build_model
 from megavlm.build.run_config import PrecisionConfig, RunConfig, check_degrees, check_for_world
 from megavlm.curriculum.options import chosen_stages, parse_stage_options
@@ -88,6 +89,7 @@ def train(arguments: list[str]) -> int:
             run = parse_options(recipe(name), options, prog=f"megavlm train {name}")
             check_for_world(run, world_size)
             check_data(run)
+            check_installed(run.log)
             _refuse_existing("--export-hf", run.weights.export_hf)
         logger.info("%s", run.to_yaml())
         groups = process_groups.start(run.parallel, run.train.seed)

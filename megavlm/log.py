@@ -7,10 +7,11 @@ to standard error from every rank, marked with it.
 from __future__ import annotations
 
 import logging
+import math
 import sys
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime
 
 _ROOT = "megavlm"
@@ -31,6 +32,12 @@ class IterationStats:
     loss_scale: float = 1.0
     skipped_iterations: int = 0
     nan_iterations: int = 0
+    throughput: Mapping[str, float] = field(default_factory=dict)
+    """Figures of speed by their words, `THROUGHPUT` first; none: the line has none."""
+
+
+THROUGHPUT = "throughput per GPU (TFLOP/s/GPU)"
+"""Megatron's words for it."""
 
 
 def iteration_line(stats: IterationStats, now: datetime) -> str:
@@ -39,6 +46,7 @@ def iteration_line(stats: IterationStats, now: datetime) -> str:
         f"iteration {stats.iteration:8d}/{stats.train_iters:8d}",
         f"consumed samples: {stats.consumed_samples:12d}",
         f"elapsed time per iteration (ms): {stats.elapsed_time_per_iteration_ms:.1f}",
+        *(f"{name}: {_speed(figure)}" for name, figure in stats.throughput.items()),
         f"learning rate: {stats.learning_rate:.6E}",
         f"global batch size: {stats.global_batch_size:5d}",
         *(f"{name}: {loss:.6E}" for name, loss in stats.losses.items()),
@@ -48,6 +56,26 @@ def iteration_line(stats: IterationStats, now: datetime) -> str:
         f"number of nan iterations: {stats.nan_iterations:3d}",
     ]
     return f" [{now:%Y-%m-%d %H:%M:%S}] {' | '.join(fields)} |"
+
+
+def _speed(figure: float) -> str:
+    """As Megatron writes it; a laptop's TFLOP/s need more places to be seen."""
+    return f"{figure:.1f}" if figure >= 1 or figure == 0 else f"{figure:.4f}"
+
+
+def validation_line(iteration: int, losses: Mapping[str, float]) -> str:
+    """What Megatron-LM says of an evaluation, to the space."""
+    fields = [f" validation loss at iteration {iteration}"]
+    for name, loss in losses.items():
+        fields += [f"{name} value: {loss:.6E}", f"{name} PPL: {math.exp(min(20, loss)):.6E}"]
+    return " | ".join(fields) + " | "
+
+
+def log_validation(iteration: int, losses: Mapping[str, float]) -> None:
+    """Print that line between two of dashes, from the rank that calls."""
+    line = validation_line(iteration, losses)
+    for text in ("-" * (len(line) + 1), line, "-" * (len(line) + 1)):
+        get_logger(__name__).info("%s", text, extra={"from_any_rank": True})
 
 
 def log_iteration(stats: IterationStats) -> None:

@@ -56,7 +56,7 @@ def data_path(quick: bool) -> Iterator[Comparison]:
         root = Path(place)
         count = SAMPLES_PER_STEP if quick else 4 * SAMPLES_PER_STEP
         samples = [_sample(number) for number in range(count)]
-        _write_tokenizer(root / "tokenizer")
+        write_tokenizer(root / "tokenizer")
         ours = _our_loader(root, samples, grid)
         order = [[name.index for name in _names(ours.step(step))] for step in range(count // SAMPLES_PER_STEP)]
         yield Comparison(
@@ -89,7 +89,8 @@ def _sample(number: int) -> Sample:
     return Sample(f"{number:06d}", (Picture((file.getvalue(),)),), turns)
 
 
-def _write_tokenizer(folder: Path) -> None:
+def write_tokenizer(folder: Path) -> None:
+    """One of single bytes, and ChatML's tokens."""
     pieces = Pieces(models.BPE(unk_token="<|endoftext|>", vocab={"<|endoftext|>": 0}, merges=[]))
     pieces.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())

@@ -15,12 +15,14 @@ from megavlm.bench.data_path import data_path
 from megavlm.bench.decoder_step import decoder_step
 from megavlm.bench.harness import Comparison, DisagreementError, Row, measure
 from megavlm.bench.report import append, machine, table
+from megavlm.bench.stalls import stalls
 
-BENCHMARKS: dict[str, Callable[[bool], AbstractContextManager[Comparison]]] = {
+BENCHMARKS: dict[str, Callable[[bool], AbstractContextManager[Comparison | tuple[Comparison, ...]]]] = {
     "adapter": adapter,
     "decoder-step": decoder_step,
     "aquila-vl-step": aquila_vl_step,
     "data-path": data_path,
+    "stalls": stalls,
 }
 """Name -> a function of `quick` (the same path at toy size) that sets the two sides up and clears them away."""
 
@@ -31,8 +33,9 @@ def run(names: Sequence[str] = (), quick: bool = False, out: str | Path | None =
     problems: list[str] = []
     for name in names or _for_this_machine():
         try:
-            with BENCHMARKS[name](quick) as comparison:
-                rows.append(measure(comparison))
+            with BENCHMARKS[name](quick) as found:
+                for comparison in found if isinstance(found, tuple) else (found,):
+                    rows.append(measure(comparison))
         except DisagreementError as error:
             problems.append(str(error))
     if rows:

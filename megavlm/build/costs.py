@@ -1,7 +1,9 @@
-"""What a row costs in each part of a run's model, for cutting the layers into pipeline stages.
+"""What a run's model costs, part by part, in floating-point operations of a training step: products alone.
 
-In multiples of a forward pass's matrix products: a trained part costs three (forward, gradient of the input, gradient
-of the weights), a frozen one inside the graph two, and the frozen tower, which nothing flows back into, one.
+One table for all who ask: throughput and MFU, and where the layers are cut into pipeline stages. A product is computed
+once forward, once more for each factor that a gradient flows to; what is recomputed to save memory does not count. So
+a trained part costs its forward pass three times; a frozen one in front of all that learns (the tower, most often)
+once; a frozen one behind something that learns twice, but for attention, both of whose factors come from before it.
 """
 
 from __future__ import annotations
@@ -9,8 +11,80 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from megavlm.build.run_config import AquilaVLConfig, InfiMMConfig, RunConfig
-from megavlm.model.flops import attention_flops, eva_flops, product_flops, siglip_flops
+from megavlm.model.flops import (
+    Flops,
+    causal_pairs,
+    eva_flops,
+    gated_block_flops,
+    layer_flops,
+    product_flops,
+    resampler_flops,
+    siglip_flops,
+    siglip_patch_flops,
+)
 from megavlm.parallel.split import as_layout, balanced_split
+from megavlm.platform import machine
+from megavlm.platform.device import bf16_peak_tflops
+
+
+@dataclass(frozen=True, kw_only=True)
+class Work:
+    """What passes through a model."""
+
+    tokens: float
+    """Of text, those that stand for pictures included where they have places in the row."""
+    pairs: float
+    """Pairs of tokens that see each other in the decoder."""
+    tiles: float = 0
+    """What the tower sees."""
+    seeing_tokens: float = 0
+    """Tokens that attend to a picture's latents."""
+
+
+@dataclass(frozen=True)
+class PartCosts:
+    """A step, by part; lists by decoder layer."""
+
+    tower: float
+    connector: float
+    layers: list[float]
+    gated: list[float]
+    """The gated block before each layer, 0 where none stands."""
+    head: float
+
+    @property
+    def by_name(self) -> dict[str, float]:
+        return {
+            "tower": self.tower,
+            "connector": self.connector,
+            "cross-attention": sum(self.gated),
+            "decoder": sum(self.layers),
+            "head": self.head,
+        }
+
+    @property
+    def total(self) -> float:
+        return sum(self.by_name.values())
+
+
+def causal_work(tokens: float, squares: float, tiles: float, seeing_tokens: float) -> Work:
+    """Of packed documents, `squares` being the sum of the squares of their lengths."""
+    return Work(tokens=tokens, pairs=causal_pairs(tokens, squares), tiles=tiles, seeing_tokens=seeing_tokens)
+
+
+def part_costs(run: RunConfig, work: Work) -> PartCosts:
+    """What a step of this run costs."""
+    if run.infimm is not None:
+        return _infimm(run, run.infimm, work)
+    tower, connector = (0.0, 0.0) if run.aquila_vl is None else _aquila_vl_eyes(run, run.aquila_vl, work)
+    layer = layer_flops(run.decoder, work.tokens, work.pairs).of_step(flows=True, learns="decoder" in run.trainable)
+    layers = run.decoder.num_layers
+    return PartCosts(tower, connector, [layer] * layers, [0.0] * layers, _head(run, work))
+
+
+def peak_tflops(run: RunConfig) -> float | None:
+    """What this process's chip could compute at best, in TFLOP/s; None where neither the run nor its name says it."""
+    return run.log.peak_tflops or bf16_peak_tflops(machine.chip()[0])
 
 
 @dataclass(frozen=True)
@@ -24,30 +98,13 @@ class RowCosts:
 
 def row_costs(run: RunConfig, images_per_row: float) -> RowCosts:
     """The cost of a row of full length with this many images, or tiles."""
-    decoder, length = run.decoder, run.train.seq_length
-    query_width = decoder.num_attention_heads * decoder.kv_channels
-    key_width = decoder.num_query_groups * decoder.kv_channels
-    layer = (
-        product_flops(length, decoder.hidden_size, query_width + 2 * key_width)
-        + attention_flops(length, length, query_width)
-        + product_flops(length, query_width, decoder.hidden_size)
-        + 3 * product_flops(length, decoder.hidden_size, decoder.ffn_hidden_size)
-    )
-    of_decoder = 3 if "decoder" in run.trainable else 2
-    output = of_decoder * product_flops(length, decoder.hidden_size, decoder.vocab_size)
-    layers = [float(of_decoder * layer)] * decoder.num_layers
-    if run.aquila_vl is not None:
-        return RowCosts(layers, _before_text(run, run.aquila_vl, images_per_row), output)
-    if run.infimm is None:
-        return RowCosts(layers, 0.0, output)
-    gated = 3 if "cross_attention" in run.trainable else 2
-    block = gated * _gated_block(run, run.infimm, images_per_row)
-    stands_before = run.infimm.cross_attention.stands_before
-    layers = [cost + (block if stands_before(number) else 0.0) for number, cost in enumerate(layers, 1)]
+    length = run.train.seq_length
+    seeing = length if images_per_row else 0
+    costs = part_costs(run, causal_work(length, length**2, images_per_row, seeing))
     # Ahead of the schedule the tower is everybody's work, not the first stage's.
-    tower = 0.0 if run.parallel.vision_over == "all_stages" else images_per_row * eva_flops(run.infimm.tower, 1)
-    of_resampler = 3 if "resampler" in run.trainable else 2
-    return RowCosts(layers, tower + of_resampler * images_per_row * _resampler(run.infimm), output)
+    tower = 0.0 if run.parallel.vision_over == "all_stages" else costs.tower
+    layers = [layer + gated for layer, gated in zip(costs.layers, costs.gated, strict=True)]
+    return RowCosts(layers, tower + costs.connector, costs.head)
 
 
 def balanced_layout(run: RunConfig, images_per_row: float) -> str:
@@ -56,35 +113,49 @@ def balanced_layout(run: RunConfig, images_per_row: float) -> str:
     return as_layout(balanced_split(costs.layers, run.parallel.chunks, costs.before, costs.behind))
 
 
-def _before_text(run: RunConfig, parts: AquilaVLConfig, tiles_per_row: float) -> float:
-    """Tower and projector, which nothing flows back into where both are frozen."""
-    width, hidden, tokens = parts.tower.width, run.decoder.hidden_size, parts.tower.tokens
-    of_projector = 3 if "projector" in run.trainable else 2 if "tower" in run.trainable else 1
-    projector = of_projector * (product_flops(tokens, width, hidden) + product_flops(tokens, hidden, hidden))
-    if run.parallel.vision_over == "all_stages":
-        return tiles_per_row * projector
-    of_tower = 3 if "tower" in run.trainable else 1
-    return tiles_per_row * (projector + of_tower * siglip_flops(parts.tower, 1))
+def _head(run: RunConfig, work: Work) -> float:
+    decoder = run.decoder
+    output = Flops(product_flops(work.tokens, decoder.hidden_size, decoder.vocab_size))
+    head = output.of_step(flows=True, learns="decoder" in run.trainable)
+    if "new_tokens" in run.trainable:  # two rows of their own, beside the frozen ones
+        head += Flops(product_flops(work.tokens, decoder.hidden_size, 2)).of_step(flows=True, learns=True)
+    return head
 
 
-def _gated_block(run: RunConfig, parts: InfiMMConfig, images_per_row: float) -> float:
-    length, hidden, settings = run.train.seq_length, run.decoder.hidden_size, parts.cross_attention
-    latents = parts.resampler.num_latents
-    return (
-        2 * product_flops(length, hidden, settings.inner_width)
-        + images_per_row * product_flops(latents, parts.tower.width, 2 * settings.inner_width)
-        + attention_flops(length, latents, settings.inner_width)
-        + 2 * product_flops(length, hidden, settings.ff_multiple * hidden)
+def _infimm(run: RunConfig, parts: InfiMMConfig, work: Work) -> PartCosts:
+    """The tower is always frozen; so in front of the first gated block a frozen decoder runs forward alone, unless the
+    new tokens' rows learn.
+    """
+    resampler, settings = parts.resampler, parts.cross_attention
+    block = gated_block_flops(
+        settings,
+        run.decoder.hidden_size,
+        resampler.width,
+        tokens=work.tokens,
+        latents=work.tiles * resampler.num_latents,
+        pairs=work.seeing_tokens * resampler.num_latents,
+    ).of_step(flows=True, learns="cross_attention" in run.trainable)
+    resampled = resampler_flops(resampler, parts.tower.tokens, work.tiles)
+    resampler_learns, decoder_learns = "resampler" in run.trainable, "decoder" in run.trainable
+    from_start = decoder_learns or "new_tokens" in run.trainable
+    layer = layer_flops(run.decoder, work.tokens, work.pairs)
+    numbers = range(1, run.decoder.num_layers + 1)
+    return PartCosts(
+        eva_flops(parts.tower, work.tiles).forward,
+        resampled.of_step(flows=resampler_learns, learns=resampler_learns),
+        [layer.of_step(flows=from_start or n >= settings.every_n_layers, learns=decoder_learns) for n in numbers],
+        [block if settings.stands_before(number) else 0.0 for number in numbers],
+        _head(run, work),
     )
 
 
-def _resampler(parts: InfiMMConfig) -> int:
-    """One image."""
-    settings, tokens = parts.resampler, parts.tower.tokens
-    latents, width, inner = settings.num_latents, settings.width, settings.heads * settings.head_width
-    return settings.depth * (
-        2 * product_flops(latents, width, inner)
-        + product_flops(tokens + latents, width, 2 * inner)
-        + attention_flops(latents, tokens + latents, inner)
-        + 2 * product_flops(latents, width, settings.mlp_ratio * width)
-    )
+def _aquila_vl_eyes(run: RunConfig, parts: AquilaVLConfig, work: Work) -> tuple[float, float]:
+    """Tower and projector."""
+    hidden, rows = run.decoder.hidden_size, work.tiles * parts.tower.tokens
+    tower_learns, learns = "tower" in run.trainable, "projector" in run.trainable
+    tower = siglip_flops(parts.tower, work.tiles).of_step(flows=tower_learns, learns=tower_learns)
+    if tower_learns:
+        tower -= siglip_patch_flops(parts.tower, work.tiles)
+    first, second = (Flops(product_flops(rows, width, hidden)) for width in (parts.tower.width, hidden))
+    projector = first.of_step(flows=tower_learns, learns=learns)
+    return tower, projector + second.of_step(flows=tower_learns or learns, learns=learns)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from megavlm.build.held_out import held_out_data
 from megavlm.build.loader import build_words
 from megavlm.build.run_config import RunConfig
 from megavlm.data.catalog import CATALOG
@@ -24,6 +25,9 @@ def check_data(run: RunConfig) -> None:
     if steps is not None and run.train.train_iters > steps:
         problem = f"is more than the {steps} steps of {run.data.samples_per_step} samples that the data have"
         raise ConfigError("train.train_iters", run.train.train_iters, problem, f"use --train-iters {steps}")
+
+    if run.data.valid_path is not None:
+        open_sources(held_out_data(run.data), build_words(run))
 
 
 def refuse_absent(data: DataConfig) -> None:

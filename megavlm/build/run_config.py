@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from megavlm.build.log_config import LogConfig
 from megavlm.checkpoint.manager import CheckpointConfig
 from megavlm.config import Config, require
 from megavlm.data.chat import ChatConfig
@@ -23,7 +24,7 @@ from megavlm.model.towers.eva_config import EvaConfig, eva_tower
 from megavlm.model.towers.siglip_config import SIGLIP_SO400M, SiglipConfig
 from megavlm.parallel.layout import ParallelConfig, check_layout, nearest_degrees
 from megavlm.parallel.recompute import RecomputeConfig
-from megavlm.parallel.wrap import DataParallelConfig, OptimizerConfig
+from megavlm.parallel.wrap import PARTS_OF_RATES, DataParallelConfig, OptimizerConfig
 
 __all__ = [
     "SIGLIP_SO400M",
@@ -36,6 +37,7 @@ __all__ = [
     "DecoderConfig",
     "EvaConfig",
     "InfiMMConfig",
+    "LogConfig",
     "OptimizerConfig",
     "OverLong",
     "PackLimits",
@@ -72,6 +74,11 @@ class TrainConfig(Config):
     """Seed of fresh weights, data and dropout."""
     log_interval: int = 1
     """Steps between two log lines."""
+    eval_interval: int | None = None
+    """Steps between two evaluations on held-out data (`--valid-data-path`), with one at the end; none: no evaluation.
+    It changes nothing of the training."""
+    eval_iters: int = 10
+    """Global batches of held-out data in each evaluation, the same ones each time."""
     max_nan_iterations: int = 3
     """Steps in a row whose loss or gradient may be not finite, each left out, before the run stops."""
     exit_duration_in_mins: float | None = None
@@ -83,9 +90,16 @@ class TrainConfig(Config):
     Aquila-VL tiles, of which an image has several."""
 
     def check(self) -> None:
-        for name in ("train_iters", "global_batch_size", "micro_batch_size", "log_interval", "max_nan_iterations"):
+        for name in (
+            "train_iters",
+            "global_batch_size",
+            "micro_batch_size",
+            "log_interval",
+            "eval_iters",
+            "max_nan_iterations",
+        ):
             require(getattr(self, name) >= 1, self, name, "must be at least 1", "use a positive number")
-        for name in ("exit_duration_in_mins", "exit_interval"):
+        for name in ("eval_interval", "exit_duration_in_mins", "exit_interval"):
             value = getattr(self, name)
             require(value is None or value > 0, self, name, "must be above 0", "use a positive number, or leave it out")
         require(self.images_per_row >= 0, self, "images_per_row", "must not be negative", "use 0 for text alone")
@@ -151,6 +165,8 @@ class RunConfig(Config):
     """Folders of weights."""
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     """The state of training on disk."""
+    log: LogConfig = field(default_factory=LogConfig)
+    """What the run tells of itself."""
     transformer_impl: Implementation = "auto"
     """Whose layers: Transformer Engine's, megatron-core's local ones, or auto (the former where installed)."""
     make_vocab_size_divisible_by: int = 128
@@ -204,13 +220,8 @@ class RunConfig(Config):
             "has the tower, which then cannot be encoded ahead by all stages",
             "use parallel.vision_over first_stage, or freeze the tower",
         )
-        require(
-            self.optimizer.tower_lr is None or "tower" in self.trainable,
-            self,
-            "optimizer.tower_lr",
-            "is for a trained vision tower, and this run's is frozen",
-            "leave --tower-lr out, or name tower among --trainable",
-        )
+        self._check_rates()
+        self._check_evaluation()
         parts = PARTS_OF_INFIMM if self.infimm else PARTS_OF_AQUILA_VL if self.aquila_vl else ("decoder",)
         require(
             any(part in parts for part in self.trainable),
@@ -226,6 +237,26 @@ class RunConfig(Config):
             "must be at least 1",
             "use 128",
         )
+
+    def _check_rates(self) -> None:
+        for name in self.optimizer.rates:
+            parts = PARTS_OF_RATES[name]
+            require(
+                any(part in self.trainable for part in parts),
+                self,
+                f"optimizer.{name}_lr",
+                f"is for a trained {name.replace('_', '-')}, and this run's is frozen",
+                f"leave --{name.replace('_', '-')}-lr out, or name {' or '.join(parts)} among --trainable",
+            )
+
+    def _check_evaluation(self) -> None:
+        if self.data is None:
+            return
+        is_there, is_asked_for = self.data.valid_path is not None, self.train.eval_interval is not None
+        remedy = "give --valid-data-path as well, or leave --eval-interval out"
+        require(is_there or not is_asked_for, self, "train.eval_interval", "has no held-out data", remedy)
+        remedy = "give --eval-interval as well, or leave --valid-data-path out"
+        require(is_asked_for or not is_there, self, "data.valid_path", "is never evaluated on", remedy)
 
 
 def check_degrees(run: RunConfig, world_size: int) -> None:

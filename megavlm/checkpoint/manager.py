@@ -99,14 +99,16 @@ class CheckpointManager:
         async_save: bool = False,
         load_previous_if_damaged: bool = False,
         max_save_failures: int = 3,
+        digests: Digests | None = None,
     ) -> None:
+        """`digests`: those of the frozen weights, where they are known already."""
         self.folder = Path(folder)
         self._keep_last, self._keep_every = keep_last, keep_every
         self._async_save, self._max_save_failures = async_save, max_save_failures
         self._load_previous = load_previous_if_damaged
         self._failures = 0
         self._pending: _Pending | None = None
-        self._digests: Digests | None = None
+        self._digests = digests
         self._sound_frozen: set[str] = set()
         self._is_open = False
         self.last_saved: int | None = None

@@ -10,6 +10,7 @@ from typing import Any
 
 from megavlm.build.data_check import check_data
 from megavlm.build.identity import model_identity
+from megavlm.build.log_config import LogConfig, check_installed
 from megavlm.build.run_config import RunConfig, WeightsConfig, check_for_world
 from megavlm.checkpoint import shelf
 from megavlm.checkpoint.identity import differing
@@ -54,7 +55,7 @@ def place_stages(runs: Mapping[str, RunConfig], chosen: Sequence[str], world_siz
     previous: tuple[str, RunConfig, int] | None = None
     for name, asked in runs.items():
         try:
-            run = _with_folders(name, asked)
+            run = with_folders(name, asked)
             step = _steps_done(run)
             if name in chosen:
                 found.append(_placed(name, run, step, previous, is_before=bool(found)))
@@ -73,7 +74,7 @@ def table(stages: Sequence[Stage]) -> list[str]:
     return ["  ".join([*(cell.ljust(w) for cell, w in zip(row, widths, strict=False)), row[3]]) for row in rows]
 
 
-def _with_folders(name: str, run: RunConfig) -> RunConfig:
+def with_folders(name: str, run: RunConfig) -> RunConfig:
     """The stage's own folders below those that the options name."""
     save, load, export = run.checkpoint.save_to, run.checkpoint.load_from, run.weights.export_hf
     if save is None:
@@ -85,6 +86,18 @@ def _with_folders(name: str, run: RunConfig) -> RunConfig:
     return run.replace(
         checkpoint=run.checkpoint.replace(save_to=str(Path(save) / name)),
         weights=run.weights.replace(export_hf=export and str(Path(export) / name)),
+        log=_log_of(name, run.log),
+    )
+
+
+def _log_of(name: str, log: LogConfig) -> LogConfig:
+    """Each stage counts its steps from 1, so it has a log of its own: `run.jsonl` is `run-STAGE.jsonl`."""
+    file = log.log_json and Path(log.log_json)
+    return log.replace(
+        log_json=str(file.with_stem(f"{file.stem}-{name}")) if file else None,
+        tensorboard_dir=log.tensorboard_dir and str(Path(log.tensorboard_dir) / name),
+        profile_dir=log.profile_dir and str(Path(log.profile_dir) / name),
+        wandb_exp_name=log.wandb_exp_name and f"{log.wandb_exp_name}/{name}",
     )
 
 
@@ -155,6 +168,7 @@ def _refuse_other_origin(run: RunConfig, step: int, before: str, path: Path) -> 
 
 def _check(stage: Stage, previous: tuple[str, RunConfig, int] | None, world_size: int) -> None:
     check_for_world(stage.run, world_size)
+    check_installed(stage.run.log)
     if previous is not None:
         differs = differing(model_identity(previous[1]), model_identity(stage.run))
         if differs is not None:

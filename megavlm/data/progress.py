@@ -21,11 +21,11 @@ class Progress:
         self._is_terminal = self._stream.isatty()
         self._period = ON_TERMINAL if self._is_terminal else ELSEWHERE
         self._made = self._start = self._last = time.monotonic()
-        self._before = 0
+        self._before = self._done = 0
 
     def update(self, done: int) -> None:
         """Say how much is done, unless that was said a moment ago."""
-        now = time.monotonic()
+        now, self._done = time.monotonic(), done
         if now - self._made < WARM_UP:
             self._start, self._before = now, done
         if now - self._last >= self._period:
@@ -43,6 +43,11 @@ class Progress:
         if self._is_terminal:
             print("\r\033[K", end="", file=self._stream, flush=True)
             self._last = 0.0
+
+    def redraw(self) -> None:
+        """Put the line back on a terminal, behind what took its place."""
+        if self._is_terminal:
+            self._write(self._done, time.monotonic())
 
     def _write(self, done: int, now: float) -> None:
         text = line(self._job, done, self._total, self._unit, done - self._before, now - self._start)

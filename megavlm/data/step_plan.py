@@ -29,6 +29,9 @@ class DataConfig(Config):
 
     path: str = option("data", name="--data-path")
     """The folder that holds a prepared data set under each source's name."""
+    valid_path: str | None = option(None, name="--valid-data-path")
+    """Held-out data, prepared: below it those of a source stand under the source's name. `--eval-interval` says when
+    the loss on them is computed; sources without any are left out."""
     streams: tuple[StreamConfig, ...]
     """What each step takes of which data sets."""
     chat: ChatConfig = field(default_factory=ChatConfig)

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from megavlm import ranges
 from megavlm.batch import AttendedMedia, Media, SplicedMedia, TextBatch
 from megavlm.model.aquila_vl.model import SplicedInput
 from megavlm.model.infimm.model import MediaInput
@@ -86,6 +87,7 @@ class MediaInputs(ABC):
         encode = partial(self._encode, media) if ahead is None else partial(rows_of_images, ahead, 1, own)
         return self.of_first_stage(media, deal, encode)
 
+    @ranges.named("tower")
     def _encode(self, media: Media) -> Tensor:
         assert self.tower is not None
         rows = self._rows([media], [tuple(self._pictures_dealt(media.tiles))])
@@ -94,6 +96,7 @@ class MediaInputs(ABC):
             features: Tensor = self.tower(rows)
         return features
 
+    @ranges.named("tower")
     def _encode_ahead(self, batches: Sequence[TextBatch]) -> list[Tensor]:
         """Features of each batch's images, on the first stage; the other stages only help."""
         assert self.tower is not None

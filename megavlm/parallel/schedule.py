@@ -14,6 +14,7 @@ from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor, nn
 
+from megavlm import ranges
 from megavlm.batch import TextBatch
 from megavlm.parallel.groups import Groups
 
@@ -90,6 +91,7 @@ class TokenGroups:
     """[rows, length] of each microbatch: the group of each target token, -1 for all others."""
 
 
+@ranges.named("forward-backward")
 def forward_backward(
     chunks: Sequence[DistributedDataParallel],
     batches: Sequence[TextBatch],
@@ -100,7 +102,7 @@ def forward_backward(
     """Leave the gradient of the global batch's mean loss in `main_grad`; return that loss."""
     for chunk in chunks:
         chunk.zero_grad_buffer()
-    return global_loss(run_schedule(chunks, batches, _summed(batches, apart), inputs=inputs), groups)
+    return global_loss(run_schedule(chunks, batches, summed_losses(batches, apart), inputs=inputs), groups)
 
 
 @torch.no_grad()
@@ -112,7 +114,7 @@ def forward_loss(
     apart: TokenGroups | None = None,
 ) -> GlobalLoss:
     """The loss alone."""
-    sums = run_schedule(chunks, batches, _summed(batches, apart), inputs=inputs, forward_only=True)
+    sums = run_schedule(chunks, batches, summed_losses(batches, apart), inputs=inputs, forward_only=True)
     return global_loss(sums, groups)
 
 
@@ -131,7 +133,7 @@ def global_loss(sums: Sequence[Tensor], groups: Groups) -> GlobalLoss:
     return GlobalLoss(loss / max(tokens, 1.0), int(tokens), of_groups, bad)
 
 
-def _summed(batches: Sequence[TextBatch], apart: TokenGroups | None) -> OutputFunction:
+def summed_losses(batches: Sequence[TextBatch], apart: TokenGroups | None) -> OutputFunction:
     """What megatron-core takes of a microbatch: the sum of its losses and the tokens it counts, to divide by."""
     tokens_of = {} if apart is None else {id(one): tokens for one, tokens in zip(batches, apart.of_tokens, strict=True)}
 

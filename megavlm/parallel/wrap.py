@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from fractions import Fraction
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -25,9 +26,18 @@ from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.optimizer_param_scheduler import ParamGroupOverride
 from megatron.core.transformer.module import MegatronModule
 
+from megavlm import ranges
 from megavlm.config import Config, option, require
-from megavlm.model.freeze import part_of
+from megavlm.model.freeze import Part, part_of
 from megavlm.parallel.vision_parallel import finalize_with_vision
+
+PARTS_OF_RATES: dict[str, tuple[Part, ...]] = {
+    "tower": ("tower",),
+    "connector": ("resampler", "projector", "newline"),
+    "cross_attention": ("cross_attention",),
+    "decoder": ("decoder",),
+}
+"""What may have a learning rate of its own, `NAME_lr`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,6 +86,12 @@ class OptimizerConfig(Config):
     """The same as a fraction of all steps, rounded up; none: lr_warmup_iters says it."""
     tower_lr: float | None = None
     """Peak learning rate of a trained vision tower, with its lowest in the same proportion; none: that of the rest."""
+    connector_lr: float | None = None
+    """The same of what stands between tower and decoder: resampler, or projector and newline."""
+    cross_attention_lr: float | None = None
+    """The same of the gated cross-attention."""
+    decoder_lr: float | None = None
+    """The same of the decoder."""
     weight_decay: float = 0.1
     """Decoupled weight decay; never on biases and norms."""
     adam_beta1: float = 0.9
@@ -92,8 +108,11 @@ class OptimizerConfig(Config):
         require(0 <= self.min_lr <= self.lr, self, "min_lr", f"is outside [0, {self.lr}]", "use at most lr")
         require(self.lr_warmup_iters >= 0, self, "lr_warmup_iters", "must not be negative", "use 0 for none")
         self._check_warmup_fraction()
-        positive = self.tower_lr is None or self.tower_lr > 0
-        require(positive, self, "tower_lr", "must be positive", "use for example 2e-6, or freeze the tower")
+        for name in PARTS_OF_RATES:
+            rate = getattr(self, f"{name}_lr")
+            require(
+                rate is None or rate > 0, self, f"{name}_lr", "must be positive", "use for example 2e-6, or freeze it"
+            )
         require(self.weight_decay >= 0, self, "weight_decay", "must not be negative", "use 0 for none")
         require(self.clip_grad >= 0, self, "clip_grad", "must not be negative", "use 0 for none")
         for name in ("adam_beta1", "adam_beta2"):
@@ -108,6 +127,12 @@ class OptimizerConfig(Config):
         problem = f"stands beside lr_warmup_iters ({self.lr_warmup_iters})"
         require(self.lr_warmup_iters == 0, self, name, problem, "use none, or set lr_warmup_iters to 0")
 
+    @property
+    def rates(self) -> dict[str, tuple[float, float]]:
+        """(highest, lowest) learning rate by the names of PARTS_OF_RATES, of those that have one of their own."""
+        own = {name: getattr(self, f"{name}_lr") for name in PARTS_OF_RATES}
+        return {name: (rate, self.min_lr * rate / self.lr) for name, rate in own.items() if rate is not None}
+
     def warmup_steps(self, train_iters: int) -> int:
         """Steps of the warm-up of a run of so many."""
         if self.lr_warmup_fraction is None:
@@ -116,12 +141,9 @@ class OptimizerConfig(Config):
         return math.ceil(Fraction(str(self.lr_warmup_fraction)) * train_iters)
 
 
-def _is_in_tower(parameter: torch.nn.Parameter, name: str) -> bool:
-    """Whether it is the vision tower's, by its name in a wrapped chunk."""
-    return part_of(name.removeprefix("module.")) == "tower"
-
-
-_IN_TOWER = ParamWithNamePredicate(name="tower", fn=_is_in_tower)
+def _is_in(parts: tuple[Part, ...], parameter: torch.nn.Parameter, name: str) -> bool:
+    """Whether it is of one of these parts, by its name in a wrapped chunk."""
+    return part_of(name.removeprefix("module.")) in parts
 
 
 def wrap_data_parallel(chunks: list[MegatronModule], config: DataParallelConfig) -> list[DistributedDataParallel]:
@@ -189,10 +211,9 @@ def make_optimizer(
         overlap_param_gather=data_parallel.overlap_param_gather,
     )
     overrides = get_standard_config_overrides(megatron_config)
-    if config.tower_lr is not None:
-        overrides[ParamKey(with_name_predicate=_IN_TOWER)] = ParamGroupOverride(
-            max_lr=config.tower_lr, min_lr=config.min_lr * config.tower_lr / config.lr
-        )
+    for name, (highest, lowest) in config.rates.items():
+        is_in = ParamWithNamePredicate(name=name, fn=partial(_is_in, PARTS_OF_RATES[name]))
+        overrides[ParamKey(with_name_predicate=is_in)] = ParamGroupOverride(max_lr=highest, min_lr=lowest)
     optimizer = get_megatron_optimizer(megatron_config, chunks, overrides, use_gloo_process_groups=False)
     assert isinstance(optimizer, ChainedOptimizer), "of dense models always"
     for group in optimizer.param_groups:
@@ -203,6 +224,7 @@ def make_optimizer(
     return optimizer
 
 
+@ranges.named("gradient norm")
 @torch.no_grad()
 def gradient_norm(optimizer: MegatronOptimizer) -> float:
     """The norm of the whole gradient, which this also hands to the optimizer; the same on every rank."""
@@ -210,6 +232,7 @@ def gradient_norm(optimizer: MegatronOptimizer) -> float:
     return float(optimizer.get_grad_norm())
 
 
+@ranges.named("optimizer")
 @torch.no_grad()
 def update_weights(optimizer: MegatronOptimizer, norm: float) -> None:
     """Clip what `gradient_norm` handed over, and step.

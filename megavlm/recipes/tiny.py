@@ -67,7 +67,12 @@ def decoder_tiny_qwen2() -> RunConfig:
     return base.replace(
         name="decoder-tiny-qwen2",
         decoder=base.decoder.replace(
-            family="qwen2", num_query_groups=2, add_qkv_bias=True, tied_embeddings=True, rotary_base=1_000_000
+            family="qwen2",
+            num_query_groups=2,
+            add_qkv_bias=True,
+            vocab_size=512,
+            tied_embeddings=True,
+            rotary_base=1_000_000,
         ),
     )
 
@@ -75,27 +80,29 @@ def decoder_tiny_qwen2() -> RunConfig:
 ROW = 1024
 DECODER = DecoderConfig(
     num_layers=4,
-    hidden_size=192,
-    ffn_hidden_size=512,
-    num_attention_heads=8,
-    num_query_groups=8,
-    kv_channels=24,
-    vocab_size=512,
+    hidden_size=128,
+    ffn_hidden_size=384,
+    num_attention_heads=4,
+    num_query_groups=4,
+    kv_channels=32,
+    vocab_size=263,
     max_position_embeddings=2048,
-    init_method_std=0.1,
+    init_method_std=0.05,
+    bos_token_id=1,
+    eos_token_ids=(2,),
 )
 EVA = EvaConfig(
     image_size=64,
     patch_size=8,
     width=96,
-    depth=3,
+    depth=4,
     head_width=24,
     mlp_width=384,
     mlp="gelu",
     sub_norm=False,
-    rope=False,
+    rope=True,
     post_norm=False,
-    head_dim_out=64,
+    head_dim_out=16,
 )
 # Resampler and gated blocks as in the real models: an exported folder cannot say that theirs are smaller.
 INFIMM = InfiMMConfig(
@@ -103,30 +110,30 @@ INFIMM = InfiMMConfig(
     tower=EVA,
     resampler=ResamplerConfig(width=EVA.width),
     cross_attention=CrossAttentionConfig(every_n_layers=2),
-    image_token_id=511,
-    eoc_token_id=510,
+    image_token_id=262,
+    eoc_token_id=261,
 )
 SIGLIP = SiglipConfig(image_size=56, patch_size=8, width=96, depth=3, heads=4, mlp_width=384)
 
 
 def infimm_tiny_pretrain() -> RunConfig:
     """A toy InfiMM on toy captions and documents: resampler, gated blocks and the two new tokens learn."""
-    pairs = _stream(24, "toy-pairs", name="pairs", tokens_per_sample=128)
-    documents = _stream(8, "toy-documents", name="documents", tokens_per_sample=512)
-    return _infimm("pretrain", infimm.llama2_pretrain(), 300, 1e-3, pairs, documents)
+    pairs = _stream(16, {"toy-pairs": 1}, name="pairs", tokens_per_sample=128)
+    documents = _stream(4, {"toy-documents": 1}, name="documents", tokens_per_sample=512)
+    return _infimm("pretrain", infimm.llama2_pretrain(), 200, 2e-3, pairs, documents)
 
 
 def infimm_tiny_multitask() -> RunConfig:
     """A toy InfiMM on toy questions about one picture: resampler and gated blocks learn."""
-    tasks = _stream(16, "toy-chat", name="tasks", tokens_per_sample=512)
-    return _infimm("multitask", infimm.llama2_multitask(), 200, 5e-4, tasks)
+    tasks = _stream(16, {"toy-chat": 1}, name="tasks", tokens_per_sample=512)
+    return _infimm("multitask", infimm.llama2_multitask(), 500, 2e-3, tasks)
 
 
 def infimm_tiny_finetune() -> RunConfig:
     """A toy InfiMM on toy conversations about one picture, several and none: all but the tower learns."""
-    names = ("toy-chat", "toy-multi_image", "toy-text")
-    conversations = _stream(16, *names, name="conversations", tokens_per_sample=512)
-    return _infimm("finetune", infimm.llama2_finetune(), 100, 2e-4, conversations)
+    sources = {"toy-chat": 6, "toy-multi_image": 1, "toy-text": 1}
+    conversations = _stream(16, sources, name="conversations", tokens_per_sample=512)
+    return _infimm("finetune", infimm.llama2_finetune(), 150, 5e-4, conversations)
 
 
 def _infimm(stage: str, real: RunConfig, steps: int, lr: float, *streams: StreamConfig) -> RunConfig:
@@ -139,10 +146,15 @@ def aquila_vl_tiny(stage: str) -> RunConfig:
     assert real.data is not None
     first = real.data.streams[0].sources[0]
     names = ("toy-pairs",) if stage == "1" else ("toy-chat", "toy-multi_image", "toy-text")
-    samples = _stream(16, *names, name="samples", part=first.part, parts=first.parts)
+    samples = _stream(16, dict.fromkeys(names, 1.0), name="samples", part=first.part, parts=first.parts)
     grid = STAGE_GRIDS[stage].replace(tile_size=SIGLIP.image_size, patch_size=SIGLIP.patch_size)
     decoder = DECODER.replace(
-        family="qwen2", num_query_groups=2, add_qkv_bias=True, tied_embeddings=True, rotary_base=1_000_000
+        family="qwen2",
+        num_query_groups=2,
+        add_qkv_bias=True,
+        vocab_size=512,
+        tied_embeddings=True,
+        rotary_base=1_000_000,
     )
     parts = AquilaVLConfig(tower=SIGLIP, grid=grid, image_token_id=510, video_token_id=511)
     lr = 2e-3 if stage == "1" else 5e-4
@@ -158,7 +170,10 @@ def _toy(real: RunConfig, streams: tuple[StreamConfig, ...], steps: int, lr: flo
         trainable=real.trainable,
         precision=PrecisionConfig(params_dtype="float32"),
         optimizer=real.optimizer.replace(
-            lr=lr, min_lr=lr * real.optimizer.min_lr / real.optimizer.lr, lr_warmup_iters=warmup
+            lr=lr,
+            min_lr=lr * real.optimizer.min_lr / real.optimizer.lr,
+            lr_warmup_iters=warmup,
+            adam_eps=1e-8,  # gradients are small here
         ),
         train=TrainConfig(train_iters=steps, global_batch_size=batch, seq_length=ROW, log_interval=10),
         data=DataConfig(
@@ -176,15 +191,23 @@ def _warmup_share(real: RunConfig) -> float:
 
 
 def _stream(
-    samples: int, *names: str, name: str, tokens_per_sample: int | None = None, part: int = 0, parts: int = 1
+    samples: int,
+    weights: dict[str, float],
+    *,
+    name: str,
+    tokens_per_sample: int | None = None,
+    part: int = 0,
+    parts: int = 1,
 ) -> StreamConfig:
-    """An endless blend of toy data sets, or of one part of each, in equal shares."""
+    """An endless blend of toy data sets, or of one part of each, by their weights."""
     return StreamConfig(
         name=name,
         samples_per_step=samples,
         tokens_per_sample=tokens_per_sample,
         over_long="cut",
-        sources=tuple(SourceConfig(name=source, weight=1, part=part, parts=parts) for source in names),
+        sources=tuple(
+            SourceConfig(name=source, weight=weight, part=part, parts=parts) for source, weight in weights.items()
+        ),
     )
 
 

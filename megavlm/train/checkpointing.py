@@ -13,10 +13,14 @@ from megavlm.build.families import state_map_of
 from megavlm.build.identity import model_identity
 from megavlm.build.model import Model
 from megavlm.build.run_config import RunConfig
+from megavlm.checkpoint.frozen import frozen_digests, frozen_name
 from megavlm.checkpoint.manager import CheckpointManager
 from megavlm.checkpoint.state import TrainState
 from megavlm.errors import CheckpointError
+from megavlm.log import get_logger
 from megavlm.parallel.groups import Groups
+
+logger = get_logger(__name__)
 
 
 def train_state(
@@ -55,6 +59,8 @@ class Checkpointing:
 
     def __init__(self, run: RunConfig, state: TrainState) -> None:
         self._settings, self._state = run.checkpoint, state
+        self._frozen = frozen_digests(state)
+        logger.info("frozen weights: %s", frozen_name(self._frozen) or "none")
         self._manager = self._manager_of(run.checkpoint.save_to) if run.checkpoint.save_to else None
 
     def resume(self) -> int:
@@ -99,6 +105,21 @@ class Checkpointing:
             remedy = "make room, and run the same command again"
             raise CheckpointError("--save", self._settings.save_to, f"the last step, {step}, is not saved", remedy)
 
+    def check_frozen(self) -> None:
+        """At the end of training: that no bit of what is frozen has changed; every rank calls it."""
+        if not self._frozen:
+            return
+        now = frozen_digests(self._state)
+        changed = [name for name, digest in self._frozen.items() if now.get(name) != digest]
+        if changed:
+            problem = f"changed in training, one of {len(changed)}"
+            error = CheckpointError(
+                "frozen weights", changed[0], problem, "this must not be: report it, and check memory"
+            )
+            error.printed_by_rank = 0
+            raise error
+        logger.info("frozen weights unchanged: %s", frozen_name(now))
+
     def _manager_of(self, folder: str) -> CheckpointManager:
         settings = self._settings
         return CheckpointManager(
@@ -108,4 +129,5 @@ class Checkpointing:
             async_save=settings.async_save,
             load_previous_if_damaged=settings.load_previous_if_damaged,
             max_save_failures=settings.max_save_failures,
+            digests=self._frozen,
         )

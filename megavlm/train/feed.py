@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from megavlm.batch import TextBatch
+from megavlm.build.held_out import held_out_data
 from megavlm.build.loader import build_loader
 from megavlm.build.model import Model
 from megavlm.build.run_config import RunConfig
@@ -26,6 +27,11 @@ from megavlm.train.step import Sources
 from megavlm.train.work import work_of_plan, work_of_rows
 
 logger = get_logger(__name__)
+
+HELD_OUT_SEED = 0
+"""Of the order of held-out data, whatever a run's own: so that runs can be compared."""
+HELD_OUT_TOY_SEED = 2**62
+"""No run may have it."""
 
 
 @dataclass(frozen=True)
@@ -52,21 +58,40 @@ def feed(run: RunConfig, model: Model, groups: Groups, done: int, ledger: Path |
     A run that saves checkpoints keeps its ledger beside them, where no other folder is given.
     """
     if run.data is None:
-        yield from _toy(run, groups, done)
+        yield from _toy(run, groups, range(done, run.train.train_iters), run.train.seed)
         return
     if ledger is None and run.checkpoint.save_to is not None:
         ledger = Path(run.checkpoint.save_to) / "ledger"
     yield from _prepared(run, run.data, model, groups, done, ledger)
 
 
-def _toy(run: RunConfig, groups: Groups, done: int) -> Iterator[FedStep]:
+def held_out(run: RunConfig, model: Model, groups: Groups) -> Callable[[], Iterator[FedStep]]:
+    """The batches of each evaluation: the same ones every time, on which nothing is trained."""
+    steps = range(run.train.eval_iters)
+    if run.data is None:
+        return partial(_toy, run, groups, steps, HELD_OUT_TOY_SEED)
+    if run.data.valid_path is None:
+        return lambda: iter(())
+    data = held_out_data(run.data)
+    run = run.replace(data=data, train=run.train.replace(seed=HELD_OUT_SEED, eval_interval=None))
+    return partial(_read, build_loader(run, model, groups), data, groups, steps)
+
+
+def _read(loader: Loader, data: DataConfig, groups: Groups, steps: range) -> Iterator[FedStep]:
+    """Prepared data without a ledger: a sample that cannot be read is left out, and nothing comes of it."""
+    names, weights = names_and_weights(loader, data)
+    for found in loader.steps(steps.start, steps.stop):
+        yield _fed(found, settle(found, groups, weights, names), data, names, groups)
+
+
+def _toy(run: RunConfig, groups: Groups, steps: range, seed: int) -> Iterator[FedStep]:
     rows, length, at_once = run.train.global_batch_size, run.train.seq_length, run.train.micro_batch_size
     work = work_of_rows(rows, length)
     mine = [f"toy text:{row}" for row in range(groups.data_rank, rows, groups.data_size)]
     names = [mine[first : first + at_once] for first in range(0, len(mine), at_once)]
-    for step in range(done, run.train.train_iters):
+    for step in steps:
         batches = toy_step(
-            seed=run.train.seed,
+            seed=seed,
             step=step,
             global_batch_size=rows,
             micro_batch_size=at_once,
@@ -83,12 +108,11 @@ def _prepared(
     run: RunConfig, data: DataConfig, model: Model, groups: Groups, done: int, ledger: Path | None
 ) -> Iterator[FedStep]:
     loader = build_loader(run, model, groups)
-    weights = [stream.loss_weight for stream in data.streams]
+    names, weights = names_and_weights(loader, data)
     writer = None
     if ledger is not None and groups.is_last_stage and groups.tensor_rank == 0:
         settings = {"data": data.to_dict(), "seed": run.train.seed}
         writer = LedgerWriter(ledger, groups.data_rank, settings, done)
-    names = [source.name for source in loader.sources]
     damaged = samples = 0
     for found in loader.steps(done, run.train.train_iters):
         settled = settle(found, groups, weights, names)
@@ -99,6 +123,11 @@ def _prepared(
             logger.warning("sample %d of %s is left out: %s", one.sample.index, one.sample.source, one.problem)
         _refuse_too_much(damaged, samples, data.most_damaged, data.samples_per_step)
         yield _fed(found, settled, data, names, groups)
+
+
+def names_and_weights(loader: Loader, data: DataConfig) -> tuple[list[str], list[float]]:
+    """The names of the sources by their numbers, and what each stream's loss counts."""
+    return [source.name for source in loader.sources], [stream.loss_weight for stream in data.streams]
 
 
 def _fed(found: StepBatches, settled: Settled, data: DataConfig, names: list[str], groups: Groups) -> FedStep:

@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from megavlm import ranges
 from megavlm.build.model import Model
 from megavlm.build.run_config import RunConfig
 from megavlm.errors import DivergedError
@@ -14,6 +15,7 @@ from megavlm.parallel.groups import Groups
 from megavlm.parallel.wrap import gather_parameters
 from megavlm.train.callbacks import build_callbacks
 from megavlm.train.callbacks.chain import Chain
+from megavlm.train.evaluation import Evaluation
 from megavlm.train.feed import FedStep, feed
 from megavlm.train.finite import FiniteCheck
 from megavlm.train.progress import Progress
@@ -45,6 +47,7 @@ def train(run: RunConfig, groups: Groups) -> Outcome:
     stopped = stopping.agreed()
     try:
         chain.start(RunStart(run=run, groups=groups, model=training.model, first_iteration=done + 1))
+        evaluation = Evaluation(training, stopping)
         progress, finite = Progress(run), FiniteCheck(run.train, groups)
         for waited, step in timed(feed(run, training.model, groups, done)) if not stopped else ():
             iteration = step.iteration
@@ -57,6 +60,10 @@ def train(run: RunConfig, groups: Groups) -> Outcome:
             if blocked is not None:
                 chain.saved(iteration, blocked)
             stopped = stopping.reason(result.stop, iteration)
+            if not stopped:
+                losses, stopped = evaluation.after_step(iteration)
+                if losses is not None:
+                    chain.evaluated(iteration, losses)
             if stopped:
                 break
             progress.next_step()
@@ -69,6 +76,7 @@ def train(run: RunConfig, groups: Groups) -> Outcome:
         training.checkpointing.finish(iteration)
     gather_parameters(training.chunks)
     if iteration >= run.train.train_iters:
+        training.checkpointing.check_frozen()
         return Outcome(training.model, iteration, None)
     logger.info("stopped behind step %d of %d: %s", iteration, run.train.train_iters, stopped)
     return Outcome(training.model, iteration, stopped)
@@ -78,7 +86,8 @@ def timed(steps: Iterator[FedStep]) -> Iterator[tuple[float, FedStep]]:
     """Each step, and for how many seconds it was waited for."""
     while True:
         began = time.perf_counter()
-        step = next(steps, None)
+        with ranges.named("data"):
+            step = next(steps, None)
         if step is None:
             return
         yield time.perf_counter() - began, step

@@ -41,9 +41,7 @@ def learning_rates(scheduler: OptimizerParamScheduler, run: RunConfig) -> Mappin
 
     Asked of the schedule and not of the optimizer, which on some ranks has nothing to learn.
     """
-    settings = run.optimizer
-    found = {"": scheduler.get_lr({})}
-    if settings.tower_lr is not None:
-        lowest = settings.min_lr * settings.tower_lr / settings.lr
-        found["tower"] = scheduler.get_lr({"max_lr": settings.tower_lr, "min_lr": lowest})
-    return found
+    own = run.optimizer.rates.items()
+    return {"": scheduler.get_lr({})} | {
+        name: scheduler.get_lr({"max_lr": highest, "min_lr": lowest}) for name, (highest, lowest) in own
+    }

@@ -27,6 +27,8 @@ class StepWork:
     """Pictures and videos."""
     tiles: int
     """What the tower sees of them."""
+    seeing_tokens: int
+    """Tokens of samples with a picture."""
     squared_lengths: int
     """Sum over packed documents of the square of their tokens: what attention's cost grows with."""
 

@@ -80,7 +80,7 @@ def train_step(
     if applied:
         update_weights(optimizer, norm)
     return StepResult(
-        losses=named_losses(found, sources),
+        losses=named_losses(found, [] if sources is None else sources.names),
         target_tokens=target_tokens,
         grad_norm=norm,
         applied=applied,
@@ -95,10 +95,9 @@ def token_groups(sources: Sources | None) -> TokenGroups | None:
     return None if sources is None or len(sources.names) < 2 else TokenGroups(len(sources.names), sources.of_tokens)
 
 
-def named_losses(found: GlobalLoss, sources: Sources | None) -> dict[str, float]:
+def named_losses(found: GlobalLoss, names: Sequence[str]) -> dict[str, float]:
     """The whole loss, and the mean of each source's own over its target tokens."""
     losses = {LM_LOSS: found.loss}
-    names = [] if sources is None else sources.names
     for name, (total, tokens) in zip(names, found.of_groups, strict=False):
         if tokens:
             losses[f"{LM_LOSS}/{name}"] = total / tokens

@@ -12,13 +12,13 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megavlm.build.model import Model, build_model
 from megavlm.build.run_config import RunConfig
 from megavlm.log import get_logger
-from megavlm.model.freeze import count_parts
 from megavlm.parallel.groups import Groups
 from megavlm.parallel.wrap import wrap_data_parallel
 from megavlm.train.checkpointing import Checkpointing, train_state
 from megavlm.train.feed import FedStep
 from megavlm.train.optim import build_optimizer, learning_rates
 from megavlm.train.step import StepResult, train_step
+from megavlm.train.table import table, whole_parts
 
 logger = get_logger(__name__)
 
@@ -61,7 +61,6 @@ def build_training(run: RunConfig, groups: Groups) -> Training:
     chunks = wrap_data_parallel(list(model.chunks), run.data_parallel)
     optimizer, scheduler = build_optimizer(chunks, run)
     logger.info("training %s on %d processes", run.name, groups.world_size)
-    for count in count_parts(model.chunks):
-        logger.info("%s: %d parameters on this rank, %d of them trained", count.part, count.parameters, count.trained)
+    logger.info("%s", table(whole_parts(model, groups), run.optimizer))
     checkpointing = Checkpointing(run, train_state(run, model, chunks, optimizer, scheduler, groups))
     return Training(run, groups, model, chunks, optimizer, scheduler, checkpointing)

@@ -18,6 +18,7 @@ def work_of_plan(plan: StepPlan) -> StepWork:
         target_tokens=0,
         images=_pictures(plan),
         tiles=int(plan.tiles.sum()),
+        seeing_tokens=int(plan.tokens[plan.tiles > 0].sum()),
         squared_lengths=int((plan.tokens**2).sum()),
     )
 
@@ -32,6 +33,7 @@ def work_of_rows(rows: int, length: int) -> StepWork:
         target_tokens=rows * (length - 1),
         images=0,
         tiles=0,
+        seeing_tokens=0,
         squared_lengths=rows * length**2,
     )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import resource
@@ -13,11 +14,12 @@ from typing import Any
 
 import pytest
 from resumed_runs import INTERLEAVED, PP2, TP2, assert_same_tensors, saved_tensors, start
+from text_runs import assert_same_end, prepare_text, text_run
 
 from megavlm.build.run_config import CheckpointConfig, OptimizerConfig, ParallelConfig, RunConfig, TrainConfig
 from megavlm.checkpoint.atomic import staging_path
-from megavlm.checkpoint.manager import CheckpointManager
 from megavlm.checkpoint.shelf import checkpoint_path, steps_saved
+from megavlm.cli import main
 from megavlm.errors import CheckpointError
 from megavlm.parallel import groups as process_groups
 from megavlm.recipes import recipe
@@ -113,43 +115,53 @@ def test_a_run_without_room_ends_in_an_error(failures: int, message: str, tmp_pa
         spawn(train_without_room, 1, run_with(tmp_path / "full", max_save_failures=failures))
 
 
-def kill_then_end(run: RunConfig, draw: random.Random, kills: int) -> None:
-    """Start the run again and again, each time until it is killed, then let it end."""
-    folder = Path(run.checkpoint.save_to or "")
-    for _ in range(kills):
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return prepare_text(tmp_path_factory.mktemp("world"))
+
+
+def kill_then_end(runs: list[RunConfig], draw: random.Random) -> None:
+    """Start the same run again and again, each time until it is killed; the last one ends."""
+    folder = Path(runs[0].checkpoint.save_to or "")
+    *killed, last = runs
+    for run in killed:
         with pytest.raises(RankFailed, match="exit code -9"):
-            spawn(train_once, 2, run, random_moment(folder, draw))
-    spawn(train_once, 2, run)
+            spawn(train_once, 2, run, random_moment(folder, draw), timeout=300)
+    spawn(train_once, 2, last, timeout=300)
 
 
 @pytest.mark.parametrize(
     ("background", "kills"),
     [(True, 2), pytest.param(False, 10, marks=pytest.mark.full), pytest.param(True, 10, marks=pytest.mark.full)],
 )
-def test_a_run_killed_at_any_moment_ends_the_same(background: bool, kills: int, tmp_path: Path) -> None:
-    steps = 3 * kills
-    spawn(train_once, 2, run_with(tmp_path / "whole", TP2, steps, save_interval=None))
-    run = run_with(tmp_path / "killed", TP2, steps, save_interval=1, async_save=background)
-    kill_then_end(run, random.Random(kills), kills)
-    same_end(tmp_path / "whole", tmp_path / "killed", steps)
+def test_a_run_killed_at_any_moment_ends_the_same(background: bool, kills: int, world: Path, tmp_path: Path) -> None:
+    steps, tensor_parallel = 3 * kills, ("--tensor-model-parallel-size", "2")
+    spawn(train_once, 2, text_run(world, tmp_path / "whole", steps, *tensor_parallel), timeout=300)
+    settings = ["--save-interval", "1", *(["--async-save"] if background else [])]
+    run = text_run(world, tmp_path / "killed", steps, *tensor_parallel, *settings)
+    kill_then_end([run] * (kills + 1), random.Random(kills))
+    assert_same_end(tmp_path / "whole", tmp_path / "killed", steps)
 
 
 @pytest.mark.full
-def test_a_killed_run_goes_on_in_other_layouts(tmp_path: Path) -> None:
-    draw = random.Random(1)
-    losses = []
-    for folder, kills in (("whole", 0), ("killed", 2)):
-        for number, degrees in enumerate((TP2, PP2, INTERLEAVED, {})):
-            run = run_with(tmp_path / folder, degrees if kills else TP2, 6 * (number + 1), save_interval=1)
-            kill_then_end(run.replace(decoder=recipe("decoder-tiny").decoder), draw, kills)
-        run = run_with(tmp_path / folder, {}).replace(decoder=recipe("decoder-tiny").decoder)
-        losses += spawn(loss_at_end, 1, run, 24)
-    assert_losses_close(losses[1], losses[0])
+def test_a_run_killed_in_one_layout_after_another_ends_alike(world: Path, tmp_path: Path) -> None:
+    """Ten times; the losses of all steps are those of one process."""
+    steps, logs = 24, [tmp_path / "whole.jsonl", tmp_path / "killed.jsonl"]
+    same = ["decoder.hidden_dropout=0", "--save-interval", "1", "--log-interval", "1"]
+    spawn(train_once, 1, text_run(world, tmp_path / "whole", steps, *same, "--log-json", str(logs[0])), timeout=300)
+    base = text_run(world, tmp_path / "killed", steps, *same, "--log-json", str(logs[1]))
+    layouts: list[dict[str, Any]] = [TP2, PP2, INTERLEAVED, {}]
+    runs = [base.replace(parallel=ParallelConfig(**degrees)) for degrees in layouts]
+    kill_then_end([runs[number % 4] for number in range(11)], random.Random(1))
+    expected, found = map(losses_of_log, logs)
+    assert found.keys() == expected.keys() == set(range(1, steps + 1))
+    for step, loss in expected.items():
+        assert_losses_close(found[step], loss)
+    for save in ("whole", "killed"):
+        assert main(["data", "ledger", str(tmp_path / save / "ledger")]) == 0
 
 
-def loss_at_end(run: RunConfig, steps: int) -> float:
-    """Of the step behind the last one."""
-    process_groups.join()
-    live = start(run)
-    assert CheckpointManager(run.checkpoint.save_to or "").load_latest(live.state) == steps
-    return live.step(steps)
+def losses_of_log(path: Path) -> dict[int, float]:
+    """Of each step, as it was computed last."""
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    return {line["iteration"]: line["losses"]["lm loss"] for line in lines if line["kind"] == "step"}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from tiny_aquila import GRIDS
 from tiny_folders import infimm_folder
 
 from megavlm.build.from_folder import run_from_folder
+from megavlm.build.held_out import held_out_data
 from megavlm.build.loader import build_words
 from megavlm.build.model import build_model
 from megavlm.build.run_config import (
@@ -24,6 +26,7 @@ from megavlm.build.run_config import (
     ParallelConfig,
     PrecisionConfig,
     RunConfig,
+    SourceConfig,
     check_for_world,
 )
 from megavlm.cli import main
@@ -35,11 +38,12 @@ from megavlm.data.step_plan import Planner, open_sources
 from megavlm.data.toy_world.world import SampleKind, ToyWorld
 from megavlm.errors import DataError
 from megavlm.parallel import groups as process_groups
-from megavlm.parallel.wrap import wrap_data_parallel
+from megavlm.parallel.schedule import forward_loss
 from megavlm.testing import RankFailed, assert_losses_close, spawn
+from megavlm.train.evaluation import Evaluation
 from megavlm.train.feed import feed
-from megavlm.train.optim import build_optimizer
-from megavlm.train.step import train_step
+from megavlm.train.stopping import Stopping
+from megavlm.train.training import build_training
 
 GOLDEN = Path(__file__).parents[1] / "fixtures" / "infimm_zephyr_tiny"
 TP2_SP = {"tensor_model_parallel_size": 2, "sequence_parallel": True}
@@ -57,6 +61,9 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     toys = ToyWorld(sizes=((64, 64), (160, 64)))
     prepare_toys(root / "data", root / "aquila", ChatConfig(), {"chat": 30, "multi_image": 12, "text": 20}, toys)
     prepare_toys(root / "pairs", root / "infimm", ChatConfig(template="vicuna"), {"pairs": 25, "documents": 9}, toys)
+    for data, kinds in (("data", ("chat", "text")), ("pairs", ("pairs", "documents"))):
+        for kind in kinds:  # of multi_image nothing is held out
+            shutil.copytree(root / data / kind, root / "held out" / kind)
     return root
 
 
@@ -92,25 +99,26 @@ RUNS = {"aquila": aquila_run, "infimm": infimm_run}
 
 
 def train(family: str, world: str, degrees: dict[str, Any], steps: int, ledger: str | None) -> Any:
-    """(loss, gradient norm, target tokens) of each step on the rank that speaks; bytes of pictures read by each."""
+    """(losses, gradient norm, target tokens) of each step on the rank that speaks; losses of an evaluation; bytes of
+    pictures read by each."""
     world_size = process_groups.join()
     run = RUNS[family](world, degrees)
-    run = run.replace(train=run.train.replace(train_iters=steps))
+    assert run.data is not None
+    data = run.data.replace(valid_path=f"{world}/held out")
+    run = run.replace(data=data, train=run.train.replace(train_iters=steps, eval_interval=100, eval_iters=2))
     check_for_world(run, world_size)
     groups = process_groups.start(run.parallel)
     read = count_picture_bytes()
-    model = build_model(run, groups)
-    chunks = wrap_data_parallel(list(model.chunks), run.data_parallel)
-    optimizer, scheduler = build_optimizer(chunks, run)
-    scheduler.step(increment=1)
+    training = build_training(run, groups)
+    training.scheduler.step(increment=1)
     found = []
-    for step in feed(run, model, groups, 0, Path(ledger) if ledger else None):
-        result = train_step(chunks, optimizer, step.batches, groups, model.inputs)
-        scheduler.step(increment=1)
-        found.append((result.loss, result.grad_norm, result.target_tokens))
+    for step in feed(run, training.model, groups, 0, Path(ledger) if ledger else None):
+        result = training.step(step, stop=0)
+        found.append((result.losses, result.grad_norm, result.target_tokens))
     everyone: list[Any] = [None] * world_size
     dist.all_gather_object(everyone, (groups.pipeline_rank, groups.data_rank, sum(read)))
-    return (found, everyone) if groups.speaks else None
+    evaluated, _ = Evaluation(training, Stopping(run.train, groups)).after_step(steps)
+    return (found, everyone, evaluated) if groups.speaks else None
 
 
 def count_picture_bytes() -> list[int]:
@@ -144,7 +152,7 @@ def alone(world: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, An
     found = {}
     for family in RUNS:
         (result,) = spawn(train, 1, family, str(world), {}, 5, f"{root}/{family}")
-        found[family] = (result[0], root / family, sum(read for *_, read in result[1]))
+        found[family] = (result[0], root / family, sum(read for *_, read in result[1]), result[2])
     return found
 
 
@@ -154,12 +162,13 @@ def test_steps_and_ledger_are_alike(
     family: str, layout: str, world: Path, alone: dict[str, Any], tmp_path: Path
 ) -> None:
     world_size, degrees = LAYOUTS[layout]
-    expected, ledger, all_bytes = alone[family]
+    expected, ledger, all_bytes, evaluated = alone[family]
     (result,) = filter(None, spawn(train, world_size, family, str(world), degrees, 5, f"{tmp_path}/ledger"))
-    for (loss, norm, tokens), (expected_loss, expected_norm, expected_tokens) in zip(result[0], expected, strict=True):
-        assert_losses_close(loss, expected_loss)
+    for (losses, norm, tokens), (expected_losses, expected_norm, count) in zip(result[0], expected, strict=True):
+        assert_same_losses(losses, expected_losses)
         assert_losses_close(norm, expected_norm, tolerance=1e-4)
-        assert tokens == expected_tokens
+        assert tokens == count
+    assert_same_losses(result[2], evaluated)
     order = order_of(family, world)
     for folder in (ledger, tmp_path / "ledger"):
         report = check_ledger(folder, order)
@@ -167,6 +176,51 @@ def test_steps_and_ledger_are_alike(
     read = [read for *_, read in result[1]]
     assert sum(read) == all_bytes, "each picture file is read by one rank alone"
     assert all(read == 0 for stage, _, read in result[1] if stage > 0), "no later stage reads a picture"
+
+
+def assert_same_losses(mine: dict[str, float], expected: dict[str, float]) -> None:
+    assert mine.keys() == expected.keys()
+    for name, loss in expected.items():
+        assert_losses_close(mine[name], loss)
+
+
+def test_losses_of_sources_are_means_over_their_own_tokens(world: Path, alone: dict[str, Any]) -> None:
+    """Of the first step, whose weights are the folder's: each is the loss of a batch in which no other one counts."""
+    for family, names in (("aquila", ["chat", "multi_image", "text"]), ("infimm", ["pairs", "documents"])):
+        losses, expected = alone[family][0][0][0], spawn(losses_one_by_one, 1, family, str(world))[0]
+        assert list(losses) == ["lm loss", *(f"lm loss/{name}" for name in names)]
+        for name, loss in zip(names, expected, strict=True):
+            assert_losses_close(losses[f"lm loss/{name}"], loss)
+
+
+def losses_one_by_one(family: str, world: str) -> list[float]:
+    process_groups.join()
+    run = RUNS[family](world, {})
+    groups = process_groups.start(run.parallel)
+    training = build_training(run, groups)
+    step = next(feed(run, training.model, groups, 0))
+    assert step.sources is not None
+    found = []
+    for number in range(len(step.sources.names)):
+        batches = [
+            replace(batch, loss_weights=(of_tokens == number).float())
+            for batch, of_tokens in zip(step.batches, step.sources.of_tokens, strict=True)
+        ]
+        found.append(forward_loss(training.chunks, batches, groups, training.model.inputs).loss)
+    return found
+
+
+def test_held_out_data_are_read_in_an_order_of_their_own(world: Path, alone: dict[str, Any]) -> None:
+    assert list(alone["aquila"][3]) == ["lm loss", "lm loss/chat", "lm loss/text"]
+    assert list(alone["infimm"][3]) == ["lm loss", "lm loss/pairs", "lm loss/documents"]
+    run = aquila_run(str(world), {})
+    assert run.data is not None
+    epochs = [SourceConfig(name="chat", epochs=0.5, part=1, parts=3), SourceConfig(name="text", epochs=2)]
+    trained = stream(["chat"], 12).replace(sources=tuple(epochs))
+    (found,) = held_out_data(run.data.replace(streams=(trained,), valid_path=f"{world}/held out")).streams
+    assert [(one.name, one.weight, one.parts) for one in found.sources] == [("chat", 15.0, 1), ("text", 40.0, 1)]
+    with pytest.raises(DataError, match="prepare held-out data below it, of: chat, multi_image, text"):
+        held_out_data(run.data.replace(valid_path=str(world)))
 
 
 def order_of(family: str, world: Path) -> StepOrder:
@@ -208,7 +262,7 @@ def test_damage_that_one_rank_sees_is_known_to_all(layout: str, world: Path, tmp
     world_size, degrees = LAYOUTS[layout]
     (found,) = filter(None, spawn(train, world_size, "aquila", broken, degrees, 1, f"{tmp_path}/ledger"))
     assert found[0][0][2] == alone[0][0][2] < whole[0][0][2]
-    assert_losses_close(found[0][0][0], alone[0][0][0])
+    assert_same_losses(found[0][0][0], alone[0][0][0])
     (line,) = (json.loads(line) for line in (tmp_path / "ledger" / "rank-00000.jsonl").read_text().splitlines())
     assert "checksum" in line["notes"][0]["problem"]
     assert check_ledger(tmp_path / "ledger", order_of("aquila", world)).noted == 1

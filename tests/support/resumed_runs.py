@@ -96,7 +96,7 @@ class Live:
 
     def step(self, number: int) -> float:
         mine = range(self.groups.data_rank, ROWS, self.groups.data_size)
-        batches = [_row(self.run, 100 * number + row) for row in mine]
+        batches = [row_of(self.run, 100 * number + row) for row in mine]
         result = train_step(self.chunks, self.state.optimizer, batches, self.groups, self.model.inputs)
         self.state.scheduler.step(increment=1)
         return result.loss
@@ -112,7 +112,7 @@ def start(run: RunConfig) -> Live:
     return Live(run, groups, model, chunks, train_state(run, model, chunks, optimizer, scheduler, groups))
 
 
-def _row(run: RunConfig, seed: int) -> TextBatch:
+def row_of(run: RunConfig, seed: int) -> TextBatch:
     if run.infimm is not None:
         return infimm_row(run, seed % 3, seed)
     if run.aquila_vl is not None:

@@ -135,7 +135,7 @@ def quick_rows(path: str) -> int:
 def test_each_benchmark_runs(tmp_path: Path) -> None:
     assert spawn(quick_rows, 1, str(tmp_path / "rows.json")) == [0]
     rows = json.loads((tmp_path / "rows.json").read_text())
-    assert [row["benchmark"] for row in rows] == bench._for_this_machine()
+    assert list(dict.fromkeys(row["benchmark"] for row in rows)) == bench._for_this_machine()
     for row in rows:
         assert row["ratio"]["median"] > 0
         assert all(times["min"] > 0 for times in row["times"].values())

@@ -6,6 +6,7 @@ import pytest
 
 from megavlm.cli import main
 from megavlm.curriculum.options import chosen_stages, parse_stage_options
+from megavlm.curriculum.stages import with_folders
 from megavlm.errors import ConfigError
 from megavlm.recipes import RECIPES, recipe, stages_of
 
@@ -72,3 +73,11 @@ def test_every_model_has_its_stages(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().out.count("\n---\n") == 2
     assert main(["recipes", "infimm-tiny/finetune"]) == 0
     assert "train_iters: 100\n" in capsys.readouterr().out
+
+
+def test_stages_share_no_folder_and_no_log() -> None:
+    words = ["--save", "s", "--export-hf", "e", "--log-json", "logs/run.jsonl", "--tensorboard-dir", "t"]
+    runs = parse_stage_options(RUNS, words, "megavlm train")
+    run = with_folders("2a", runs["2a"])
+    assert (run.checkpoint.save_to, run.weights.export_hf) == ("s/2a", "e/2a")
+    assert (run.log.log_json, run.log.tensorboard_dir, run.log.profile_dir) == ("logs/run-2a.jsonl", "t/2a", None)

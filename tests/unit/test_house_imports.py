@@ -8,7 +8,7 @@ from fnmatch import fnmatchcase
 import pytest
 from python_source import ROOT, Use, module_name, python_files, relative, uses
 
-BASE_MODULES = ("config", "options", "errors", "log", "batch", "tiles", "signals")
+BASE_MODULES = ("config", "options", "errors", "log", "batch", "tiles", "signals", "ranges")
 """The modules (or folders) directly under megavlm/ that are the room `base`."""
 
 ROOMS: dict[str, dict[str, tuple[str, ...]]] = {
@@ -55,6 +55,11 @@ ROOMS: dict[str, dict[str, tuple[str, ...]]] = {
     "plan": {"rooms": ("base", "build", "data", "model", "parallel"), "packages": ()},
     "curriculum": {"rooms": ("base", "build", "train", "parallel", "checkpoint", "export"), "packages": ()},
     "recipes": {"rooms": ("base", "build"), "packages": ()},
+    # The toy world's models from their bases to their answers; what it starts as a process of its own, it imports not.
+    "toy": {
+        "rooms": ("base", "data", "model", "build", "parallel", "checkpoint", "export", "recipes"),
+        "packages": ("safetensors", "tokenizers", "transformers", "PIL"),
+    },
     "testing": {"rooms": ("base",), "packages": ()},
     # Code that exported folders carry: transformers runs it where megavlm is not installed.
     "exported files": {"rooms": (), "packages": ("transformers", "PIL")},
@@ -64,8 +69,12 @@ standard library and the packages in EVERYWHERE. A missing room (cli, bench) may
 
 EVERYWHERE = ("torch", "numpy")
 EXPORTED_FILES = "megavlm.export.infimm_files"
-FREE_ROOMS = ("cli", "commands", "data_commands", "bench", "__main__")
-EXTRA_PACKAGES = {"megavlm.infer.record": ("transformers", "safetensors"), "megavlm.platform.cpu": ("megatron.core",)}
+FREE_ROOMS = ("cli", "commands", "data_commands", "plan_commands", "bench", "__main__")
+EXTRA_PACKAGES = {
+    "megavlm.infer.record": ("transformers", "safetensors"),
+    "megavlm.platform.cpu": ("megatron.core",),
+    "megavlm.train.callbacks.weights_and_biases": ("wandb",),
+}
 """Single modules that may import more than their room."""
 
 FORBIDDEN_EVERYWHERE = ("megatron.training", "megatron.legacy")

@@ -28,6 +28,7 @@ from megavlm.data.tokenizer import Tokenizer
 from megavlm.data.toy_world.samples import toy_samples
 from megavlm.data.toy_world.world import SampleKind, ToyWorld
 from megavlm.tiles import GridConfig
+from megavlm.train.work import work_of_plan
 
 GRID = GridConfig(tile_size=56, max_tiles_per_side=2, cap_tiles=3)
 STEP = 12
@@ -103,6 +104,23 @@ def test_ranks_share_out_the_same_rows(data: Path) -> None:
                 assert torch.equal(batch.loss_weights, rows[names].loss_weights)
                 assert batch.media is not None and rows[names].media is not None
                 assert torch.equal(batch.media.patches, rows[names].media.patches)
+
+
+def test_the_work_of_a_step_is_what_its_batches_hold(data: Path) -> None:
+    found = loader_of(data).step(0)
+    work = work_of_plan(found.plan)
+    lengths, seeing, row_tokens, tiles, images = [], 0, 0, 0, 0
+    for batch, names in zip(found.batches, found.samples, strict=True):
+        assert batch.cu_seqlens is not None and batch.media is not None
+        of_row = batch.cu_seqlens.diff().tolist()[: len(names)]  # behind the samples stands padding
+        lengths += of_row
+        seeing += sum(length for length, name in zip(of_row, names, strict=True) if name.source != "text")
+        row_tokens, tiles = row_tokens + batch.tokens.numel(), tiles + batch.media.images
+        images += len(batch.media.tiles)
+    assert (work.samples, work.rows, work.row_tokens) == (STEP, len(found.batches), row_tokens)
+    assert (work.tokens, work.squared_lengths) == (sum(lengths), sum(length**2 for length in lengths))
+    assert (work.images, work.tiles, work.seeing_tokens) == (images, tiles, seeing)
+    assert 0 < work.seeing_tokens < work.tokens < work.row_tokens
 
 
 def test_every_sample_is_seen_twice_in_two_epochs(data: Path) -> None:

@@ -39,6 +39,9 @@ TABLE_7: dict[str, tuple[Any, Any, Any]] = {
     "optimizer.lr_warmup_iters": (6_000, 500, 300),
     "optimizer.lr_warmup_fraction": (None,) * 3,
     "optimizer.tower_lr": (None,) * 3,
+    "optimizer.connector_lr": (None,) * 3,
+    "optimizer.cross_attention_lr": (None,) * 3,
+    "optimizer.decoder_lr": (None,) * 3,
     "train.train_iters": (285_000, 10_000, 6_000),
     "samples_per_step": (5120, 256, 64),
     "train.global_batch_size": (5120, 256, 64),
@@ -116,6 +119,8 @@ OF_EVERY_STAGE = {
     "optimizer.lr_warmup_fraction": 0.03,
     "optimizer.lr_warmup_iters": 0,
     "optimizer.tower_lr": None,
+    "optimizer.connector_lr": None,
+    "optimizer.decoder_lr": None,
     "optimizer.weight_decay": 0.0,
     "optimizer.clip_grad": 1.0,
     "optimizer.adam_beta1": 0.9,
@@ -334,7 +339,7 @@ def test_warm_up_as_a_fraction_is_whole_steps() -> None:
 
 def test_a_frozen_tower_has_no_rate() -> None:
     assert recipe("aquila-vl-2b/2a").override("optimizer.tower_lr=2e-6").optimizer.tower_lr == 2e-6
-    with pytest.raises(ConfigError, match=r"optimizer\.tower_lr = 2e-06: is for a trained vision tower"):
+    with pytest.raises(ConfigError, match=r"optimizer\.tower_lr = 2e-06: is for a trained tower"):
         recipe("aquila-vl-2b/1").override("optimizer.tower_lr=2e-6")
 
 
@@ -379,10 +384,10 @@ def test_data_too_few_for_the_steps_are_said_before_the_run(tmp_path: Path) -> N
     run = recipe("infimm-tiny/finetune")
     assert run.data is not None
     data = run.data.replace(path=str(tmp_path), tokenizer=str(tmp_path), streams=(once,))
-    with pytest.raises(ConfigError, match=r"infimm\.image_token_id = 511: the tokenizer in .* has 127 for <image>"):
+    with pytest.raises(ConfigError, match=r"infimm\.image_token_id = 262: the tokenizer in .* has 127 for <image>"):
         check_data(run.replace(data=data))
     run = run.replace(data=data).override("infimm.image_token_id=127", "infimm.eoc_token_id=126")
-    with pytest.raises(ConfigError, match=r"train_iters = 100: is more than the 5 steps .* use --train-iters 5"):
+    with pytest.raises(ConfigError, match=r"train_iters = 150: is more than the 5 steps .* use --train-iters 5"):
         check_data(run)
     check_data(run.override("train.train_iters=5"))
 

@@ -128,7 +128,8 @@ def test_tiles_are_weighed_by_what_is_done_with_them() -> None:
     )
     # Of ten tiles: 397 million parameters over 729 tokens, two operations each; and 26 layers of attention.
     assert frozen - ahead == pytest.approx(10 * (2 * 397e6 * 729 + 26 * 4 * 729**2 * 1152), rel=0.01)
-    assert trained - ahead == pytest.approx(3 * (frozen - ahead)) and 0 < ahead < 0.1 * frozen
+    # But for the gradient of the pixels, which nobody asks for, and the projector's work, which is little.
+    assert trained - ahead == pytest.approx(3 * (frozen - ahead), rel=0.02) and 0 < ahead < 0.1 * frozen
     assert row_costs(aquila_vl(everything), 20.0).before == 2 * trained
     few, many = (balanced_layout(aquila_vl(everything), tiles).split("|")[0].count("t") for tiles in (0.0, 20.0))
     assert many < few
@@ -136,7 +137,10 @@ def test_tiles_are_weighed_by_what_is_done_with_them() -> None:
 
 def test_frozen_parts_cost_less() -> None:
     trained, frozen = (row_costs(infimm_llama(trainable=t), 1.0) for t in (("decoder",), ("resampler",)))
-    assert frozen.layers[0] == pytest.approx(trained.layers[0] * 2 / 3)
+    # Nothing that learns stands in front of the first gated block, before layer 4.
+    shares = [frozen.layers[layer] / trained.layers[layer] for layer in (0, 2, 4)]
+    assert shares[:2] == pytest.approx([1 / 3, 1 / 3])
+    assert shares[2] == pytest.approx(2 / 3, rel=0.01)  # attention costs what it costs where all learns
     assert frozen.behind == pytest.approx(trained.behind * 2 / 3)
 
 

@@ -50,22 +50,28 @@ def toy_scene(split: Split, number: int, world: ToyWorld) -> Scene:
 
 def labels(scene: Scene, grid: tuple[int, int]) -> PatchLabels:
     """The classes of (rows, columns) patches: each has that of the part that covers most of it."""
+    classes = [(0, 0, 0), *(_classes(part.colour, part.shape, part.character) for part in parts(scene))]
+    chosen = np.array(classes)[covering_parts(scene, grid)]
+    return PatchLabels(chosen[..., 0], chosen[..., 1], chosen[..., 2])
+
+
+def covering_parts(scene: Scene, grid: tuple[int, int]) -> Ints:
+    """[rows, columns]: which of the scene's parts, counted from 1, covers most of each patch; 0 is the background."""
     rows, columns = grid
     owner = np.zeros((scene.height, scene.width), dtype=np.int64)
-    classes = [(0, 0, 0)]
+    count = 1
     for part in parts(scene):
         inside = np.asarray(part.mask) >= 128
-        height, width = inside.shape
-        owner[part.top : part.top + height, part.left : part.left + width][inside] = len(classes)
-        classes.append(_classes(part.colour, part.shape, part.character))
+        under = owner[part.top : part.top + len(inside), part.left : part.left + inside.shape[1]]
+        under[inside[: len(under), : under.shape[1]]] = count  # some characters stand out a pixel below the picture
+        count += 1
     row_of = np.arange(scene.height) * rows // scene.height
     column_of = np.arange(scene.width) * columns // scene.width
     patch = row_of[:, None] * columns + column_of
-    covered = np.bincount((patch * len(classes) + owner).ravel(), minlength=rows * columns * len(classes))
-    covered = covered.reshape(rows * columns, len(classes))
+    covered = np.bincount((patch * count + owner).ravel(), minlength=rows * columns * count)
+    covered = covered.reshape(rows * columns, count)
     covered[:, 0] = np.ceil(covered.sum(1) * LEAST_SHARE) - 1
-    chosen = np.array(classes)[covered.argmax(1)].reshape(rows, columns, 3)
-    return PatchLabels(chosen[..., 0], chosen[..., 1], chosen[..., 2])
+    return covered.argmax(1).reshape(rows, columns)
 
 
 def _classes(colour: str, shape: str, character: str) -> tuple[int, int, int]:

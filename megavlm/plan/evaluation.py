@@ -1,0 +1,92 @@
+"""A layout judged: whether each stage's worst row fits, how long a step takes, and what that is of the chips' peak."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from megavlm.plan.choice import Choice
+from megavlm.plan.cluster import GIB, Cluster
+from megavlm.plan.profile import MemoryUse, StageProfile
+from megavlm.plan.step import StepTime
+
+SLACK = 0.05
+"""Of what is in use, lost between the allocator's blocks: assumed."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluation:
+    """One layout of a run on a cluster."""
+
+    choice: Choice
+    cluster: Cluster
+    profiles: tuple[StageProfile, ...]
+    step: StepTime
+    microbatches: int
+    """Of one data-parallel rank."""
+    tokens: float
+    """Of a step, all ranks."""
+    images: float
+    """Images or tiles of a step."""
+    samples: float
+    """Of a step."""
+    flops: float
+    """Of the model in a step, all ranks, without what is computed again."""
+    peak: float = 0.0
+    """Floating-point operations a second of one GPU; none: bf16."""
+
+    @property
+    def memory(self) -> list[MemoryUse]:
+        """Of each stage, with its worst rows."""
+        return [profile.worst.memory for profile in self.profiles]
+
+    @property
+    def fullest(self) -> int:
+        """The stage that holds most."""
+        return max(range(len(self.memory)), key=lambda stage: self.memory[stage].total)
+
+    @property
+    def needed(self) -> float:
+        """Bytes on that stage, with what the allocator loses."""
+        return needed_bytes(self.memory[self.fullest])
+
+    @property
+    def over(self) -> float:
+        """Bytes that it lacks; negative: that are left."""
+        return self.needed - self.cluster.chip.memory_bytes
+
+    @property
+    def fits(self) -> bool:
+        return self.over <= 0
+
+    @property
+    def seconds(self) -> float:
+        return self.step.seconds
+
+    @property
+    def mfu(self) -> float:
+        """Share of the chips' peak that the model's own operations reach."""
+        peak = self.peak or self.cluster.chip.bf16_tflops * 1e12
+        return self.flops / (self.seconds * self.cluster.gpus * peak) if self.seconds else 0.0
+
+    @property
+    def tokens_per_second(self) -> float:
+        return self.tokens / self.seconds if self.seconds else 0.0
+
+    @property
+    def images_per_second(self) -> float:
+        return self.images / self.seconds if self.seconds else 0.0
+
+    def hours(self, steps: int) -> float:
+        """Of so many steps."""
+        return steps * self.seconds / 3600
+
+    @property
+    def misfit(self) -> str:
+        """By how much it does not fit, and where."""
+        stage = f"stage {self.fullest} of {len(self.profiles)}" if len(self.profiles) > 1 else "each GPU"
+        return f"{stage} needs {self.needed / GIB:.1f} GiB, {self.over / GIB:.1f} more than there are"
+
+
+def needed_bytes(memory: MemoryUse) -> float:
+    """With what the allocator loses."""
+    return memory.total * (1 + SLACK)

@@ -1,0 +1,114 @@
+"""The toy bases, weights beside this file, and whole folders made of them that a run can start from.
+
+`tools/make_toy_bases.py` makes the weights; `manifest.json` says how, and what they can do.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Mapping, Sequence
+from importlib.resources import as_file, files
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from megavlm.checkpoint.hf_folder import HFFolder
+from megavlm.export.assemble import assemble_infimm, write_folder
+from megavlm.export.hf_export import tokenizer_files
+from megavlm.export.infimm_folder import infimm_family_files
+from megavlm.model.decoder.config import DecoderConfig
+from megavlm.model.infimm.state_map import infimm_state_map
+from megavlm.model.towers.eva import EvaTower
+from megavlm.model.towers.eva_state_map import eva_state_map
+from megavlm.recipes.tiny import DECODER, EVA, INFIMM
+from megavlm.toy.resampler_start import FIRST_ATTENTION, looking_latents
+from megavlm.toy.tokenizer import NEW_TOKENS, write_tokenizer
+
+WEIGHTS = files("megavlm.toy.bases")
+DECODER_FILE, EVA_FILE, PLACES_FILE = "decoder.safetensors", "eva.safetensors", "places.safetensors"
+MANIFEST = "manifest.json"
+OPEN_GATES = {".attn_gate": 1.0, ".ff_gate": 0.5}
+"""Where gates start. From 0, as in the real models, those of the attention come to 0.03 in 500 steps."""
+
+
+def decoder_shape() -> DecoderConfig:
+    """The toy decoder before the tokens that InfiMM adds."""
+    return DECODER.replace(vocab_size=DECODER.vocab_size - len(NEW_TOKENS))
+
+
+def write_weights(tensors: Mapping[str, Tensor], file: Path) -> None:
+    """A base as it is kept: bfloat16."""
+    save_file({name: tensor.detach().to(torch.bfloat16).contiguous() for name, tensor in tensors.items()}, file)
+
+
+def write_decoder(folder: Path) -> Path:
+    """The toy decoder as a folder of its own, with its tokenizer."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with as_file(WEIGHTS / DECODER_FILE) as file:
+        weights = {name: tensor.float() for name, tensor in load_file(file).items()}
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    shape = decoder_shape()
+    (end,) = shape.eos_token_ids
+    tokens = {"bos_token_id": shape.bos_token_id, "eos_token_id": end, "pad_token_id": end}
+    (folder / "config.json").write_text(json.dumps(shape.to_hf("float32"), indent=2) + "\n")
+    (folder / "generation_config.json").write_text(json.dumps(tokens, indent=2) + "\n")
+    write_tokenizer(folder)
+    return folder
+
+
+def base_tower() -> EvaTower:
+    """The toy tower alone."""
+    tower, table = EvaTower(EVA), eva_state_map(EVA, theirs="")
+    with as_file(WEIGHTS / EVA_FILE) as file:
+        weights = load_file(file)
+    parameters = dict(tower.named_parameters())
+    for entry in table.entries:
+        (name,) = entry.theirs
+        parameters[entry.ours].data.copy_(weights[name].view_as(parameters[entry.ours]))
+    return tower.eval()
+
+
+def infimm_base(folder: Path, seed: int = 1234) -> Path:
+    """A toy InfiMM to start from: a tower that sees, a decoder that speaks, and between them fresh weights, but that the
+    gates are open and that the resampler's first attention has each latent hand on one patch."""
+    with tempfile.TemporaryDirectory() as place, as_file(WEIGHTS / EVA_FILE) as tower:
+        language, plain = write_decoder(Path(place) / "decoder"), Path(place) / "plain"
+        layers = INFIMM.cross_attention.every_n_layers
+        assemble_infimm(language, tower, INFIMM.tower, INFIMM.model_type, layers, plain, dtype=torch.float32, seed=seed)
+        with HFFolder.open(plain) as source:
+            extra = {**tokenizer_files(language), **infimm_family_files(DECODER, INFIMM, "float32")}
+            whole = infimm_state_map(DECODER, INFIMM)
+            write_folder(_Opened(source, seed), whole, folder, torch.float32, extra)
+    return folder
+
+
+class _Opened:
+    """The weights of a folder with the resampler's beginning replaced, and its gates open."""
+
+    def __init__(self, source: HFFolder, seed: int) -> None:
+        with as_file(WEIGHTS / PLACES_FILE) as file:
+            places = load_file(file)["places"].float()
+        prefix = "model.perceiver."
+        fresh = {name: source.read(prefix + name) for name in FIRST_ATTENTION}
+        set_up = looking_latents(fresh, places, INFIMM.resampler, seed)
+        self._source, self._set_up = source, {prefix + name: tensor for name, tensor in set_up.items()}
+        for ending, gate in OPEN_GATES.items():
+            self._set_up |= {name: torch.full((1,), gate) for name in source.names() if name.endswith(ending)}
+
+    def names(self) -> Sequence[str]:
+        return self._source.names()
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self._source.shape(name)
+
+    def read(self, name: str) -> Tensor:
+        return self._set_up[name] if name in self._set_up else self._source.read(name)
+
+    def read_rows(self, name: str, start: int, stop: int) -> Tensor:
+        return self.read(name)[start:stop]
+
+    def read_columns(self, name: str, start: int, stop: int) -> Tensor:
+        return self.read(name)[:, start:stop]

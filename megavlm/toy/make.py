@@ -1,0 +1,114 @@
+"""Making the toy bases: what they learn from, for how long, and the files that are kept."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+from transformers import LlamaForCausalLM
+
+from megavlm.data.toy_world.world import PICTURE_KINDS, Split, ToyWorld
+from megavlm.log import get_logger
+from megavlm.model.state_map import StateMap
+from megavlm.model.towers.eva import EvaTower
+from megavlm.model.towers.eva_state_map import eva_state_map
+from megavlm.recipes.tiny import EVA
+from megavlm.toy.bases import DECODER_FILE, EVA_FILE, MANIFEST, PLACES_FILE, decoder_shape, write_weights
+from megavlm.toy.resampler_start import place_readings
+from megavlm.toy.seen import seen_pictures
+from megavlm.toy.speech import speech_accuracy, texts, train_decoder
+from megavlm.toy.tokenizer import toy_words
+from megavlm.toy.tower import Heads, labelled, tower_accuracy, train_tower
+
+logger = get_logger(__name__)
+
+PICTURES, TEXTS, HELD_OUT = 48_000, 40_000, 500
+TOWER_STEPS = 3000
+DECODER_CYCLES = ((1500, 3e-3), (2000, 2e-3))
+SIGHTS = ToyWorld(kinds=("shape", "position", "count", "count_by", *("reading",) * 4, "chart"))
+"""Pictures for a tower: words come often, for they are the hardest to see."""
+SPLITS: tuple[Split, ...] = ("unseen_pictures", "unseen_combinations")
+
+
+def make_bases(folder: Path, *, shorter: int = 1) -> None:
+    """Train both bases, half an hour on two cores, and write their weights and the manifest.
+
+    `shorter`: divide samples and steps by this, for a look at whether it goes through.
+    """
+    facts = {
+        **_make_tower(folder, shorter),
+        DECODER_FILE: _make_decoder(folder / DECODER_FILE, shorter),
+    }
+    write_manifest(folder, facts)
+
+
+def write_manifest(folder: Path, facts: Mapping[str, Mapping[str, Any]]) -> None:
+    """What each file is, and its bytes."""
+    said = {}
+    for name, about in facts.items():
+        content = (folder / name).read_bytes()
+        said[name] = {**about, "bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+    manifest = {"made by": "tools/make_toy_bases.py", "files": said}
+    (folder / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
+
+
+def _make_tower(folder: Path, shorter: int) -> dict[str, dict[str, Any]]:
+    seen = seen_pictures("train", 0, PICTURES // shorter, SIGHTS)
+    tower, heads = train_tower(EVA, seen, TOWER_STEPS // shorter, after_step=_say("tower"))
+    write_weights(tower_tensors(tower, eva_state_map(EVA, theirs="")), folder / EVA_FILE)
+    write_weights({"places": place_readings(heads.patches.weight)}, folder / PLACES_FILE)
+    return tower_facts(tower, heads)
+
+
+def tower_facts(tower: EvaTower, heads: Heads) -> dict[str, dict[str, Any]]:
+    """What the manifest says of a tower and of what is read off it."""
+    pictures = {split: labelled(seen_pictures(split, 0, HELD_OUT, SIGHTS)) for split in SPLITS}
+    found = {split: tower_accuracy(tower, heads, seen) for split, seen in pictures.items()}
+    taught = "labels of every patch of toy pictures, counts of whole pictures"
+    read = "the tower's linear readings of a patch's row and column, from which the resampler's first attention is made"
+    return {EVA_FILE: {"taught": taught, "accuracy": _rounded(found)}, PLACES_FILE: {"read off": read}}
+
+
+def _make_decoder(file: Path, shorter: int) -> dict[str, Any]:
+    known = list(texts(toy_words(), "train", 0, TEXTS // shorter, ToyWorld()))
+    cycles = [(steps // shorter, rate) for steps, rate in DECODER_CYCLES]
+    decoder = train_decoder(decoder_shape(), known, cycles, after_step=_say("decoder"))
+    write_weights(decoder.state_dict(), file)
+    return decoder_facts(decoder)
+
+
+def decoder_facts(decoder: LlamaForCausalLM) -> dict[str, Any]:
+    """What the manifest says of a decoder: the share of right tokens of answers, their ends included."""
+    words, found = toy_words(), dict[str, dict[str, float]]()
+    for split in SPLITS:
+        asked = {kind: list(texts(words, split, 0, HELD_OUT, ToyWorld(kinds=(kind,)))) for kind in PICTURE_KINDS}
+        found[split] = {kind: speech_accuracy(decoder, of_kind) for kind, of_kind in asked.items()}
+    return {"taught": "toy captions, and questions that they answer", "accuracy": _rounded(found)}
+
+
+def _rounded(found: Mapping[str, Mapping[str, float]]) -> dict[str, dict[str, float]]:
+    return {split: {name: round(share, 3) for name, share in shares.items()} for split, shares in found.items()}
+
+
+def _say(what: str) -> Callable[..., None]:
+    began = time.monotonic()
+
+    def say(step: int, loss: float, *_: nn.Module) -> None:
+        if step % 50 == 0:
+            logger.info("%s: step %d, loss %.3f, %.0f s", what, step, loss, time.monotonic() - began)
+
+    return say
+
+
+def tower_tensors(tower: nn.Module, state_map: StateMap) -> dict[str, Tensor]:
+    """A tower's parameters under the names and in the shapes of its public checkpoints."""
+    parameters, found = dict(tower.named_parameters()), {}
+    for entry in state_map.entries:
+        (name,) = entry.theirs
+        found[name] = parameters[entry.ours].reshape(state_map.shape(entry, name))
+    return found

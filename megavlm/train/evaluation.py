@@ -1,0 +1,76 @@
+"""The loss on held-out data, in between the steps of training, which are the same with it and without it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+
+from torch import nn
+
+from megavlm.parallel.schedule import GlobalLoss, forward_loss
+from megavlm.train.feed import FedStep, held_out
+from megavlm.train.step import Sources, named_losses, token_groups
+from megavlm.train.stopping import Stopping
+from megavlm.train.training import Training
+
+
+class Evaluation:
+    """Reads the same global batches each time; nothing where the run's settings ask for none."""
+
+    def __init__(self, training: Training, stopping: Stopping) -> None:
+        self._training, self._stopping = training, stopping
+        self._settings = training.run.train
+        self._batches = held_out(training.run, training.model, training.groups)
+
+    def after_step(self, iteration: int) -> tuple[Mapping[str, float] | None, str | None]:
+        """(the losses, if it is time; why the run is to stop, if it was asked to meanwhile: then without losses)."""
+        interval = self._settings.eval_interval
+        if interval is None or (iteration % interval and iteration < self._settings.train_iters):
+            return None, None
+        found = MeanLosses()
+        with evaluating(self._training.chunks):
+            for step in self._batches():
+                found.add(self._loss(step), step.sources)
+                stopped = self._stopping.agreed()
+                if stopped:
+                    return None, stopped
+        return found.means(), None
+
+    def _loss(self, step: FedStep) -> GlobalLoss:
+        training, apart = self._training, token_groups(step.sources)
+        return forward_loss(training.chunks, step.batches, training.groups, training.model.inputs, apart)
+
+
+class MeanLosses:
+    """Means over several global batches, weighted by their target tokens."""
+
+    def __init__(self) -> None:
+        self._loss, self._tokens = 0.0, 0
+        self._apart: dict[str, tuple[float, int]] = {}
+
+    def add(self, found: GlobalLoss, sources: Sources | None) -> None:
+        """A global batch's."""
+        self._loss += found.loss * found.target_tokens
+        self._tokens += found.target_tokens
+        names: Sequence[str] = () if sources is None else sources.names
+        for name, (total, tokens) in zip(names, found.of_groups, strict=False):
+            so_far, counted = self._apart.get(name, (0.0, 0))
+            self._apart[name] = so_far + total, counted + tokens
+
+    def means(self) -> Mapping[str, float]:
+        """As `StepReport` names them."""
+        whole = GlobalLoss(self._loss / max(1, self._tokens), self._tokens, list(self._apart.values()), None)
+        return named_losses(whole, list(self._apart))
+
+
+@contextmanager
+def evaluating(chunks: Sequence[nn.Module]) -> Iterator[None]:
+    """Without dropout, which would also move the generators."""
+    modes = {module: module.training for chunk in chunks for module in chunk.modules()}
+    try:
+        for module in modes:
+            module.training = False
+        yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode

@@ -1,0 +1,28 @@
+"""The quickstart from end to end, with so few steps that nothing is learnt."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from infimm_hf import offline
+
+from megavlm.data.toy_world.world import SAMPLE_KINDS
+from megavlm.toy.course import run_course
+
+
+def test_a_course_goes_through_all_stages_and_asks_the_exported_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "modules"))
+    options = ["--train-iters", "2", "--log-interval", "1"]
+    with offline(tmp_path / "modules"):
+        course = run_course(tmp_path, 5, questions=3, samples=dict.fromkeys(SAMPLE_KINDS, 24), options=options)
+    assert list(course.losses) == ["pretrain", "multitask", "finetune"]
+    assert all([step for step, _ in found] == [1, 2] for found in course.losses.values())
+    assert (tmp_path / "trained" / "model.safetensors").exists()
+    assert {one.question.kind for one in course.asked} == set(course.scores)
+    assert len(course.asked) == 6 * len(course.scores)
+    for kind, score in course.scores.items():
+        right = sum(one.is_right for one in course.asked if one.question.kind == kind)
+        assert score.held_out == pytest.approx(right / 6)
