@@ -36,8 +36,9 @@ def search_report(found: SearchResult, run: RunConfig) -> str:
         f"{found.untried:,} left untried"
     ]
     if found.best:
-        lines += ["", *_best(found), "", "the first one's options:"]
-        lines += _wrapped(found.best[0].evaluation.choice.options(run), "  ")
+        options = found.best[0].evaluation.choice.options(run)
+        lines += ["", *_best(found), ""]
+        lines += ["the first one's options:", *_wrapped(options, "  ")] if options else ["the first is the run's own"]
     else:
         lines += ["", "none of them works"]
     if found.failures:

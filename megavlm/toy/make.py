@@ -18,7 +18,8 @@ from megavlm.model.state_map import StateMap
 from megavlm.model.towers.eva import EvaTower
 from megavlm.model.towers.eva_state_map import eva_state_map
 from megavlm.recipes.tiny import EVA
-from megavlm.toy.bases import DECODER_FILE, EVA_FILE, MANIFEST, decoder_shape, write_weights
+from megavlm.toy.bases import DECODER_FILE, EVA_FILE, MANIFEST, PLACES_FILE, decoder_shape, write_weights
+from megavlm.toy.resampler_start import place_readings
 from megavlm.toy.seen import seen_pictures
 from megavlm.toy.speech import speech_accuracy, texts, train_decoder
 from megavlm.toy.tokenizer import toy_words
@@ -40,7 +41,7 @@ def make_bases(folder: Path, *, shorter: int = 1) -> None:
     `shorter`: divide samples and steps by this, for a look at whether it goes through.
     """
     facts = {
-        EVA_FILE: _make_tower(folder / EVA_FILE, shorter),
+        **_make_tower(folder, shorter),
         DECODER_FILE: _make_decoder(folder / DECODER_FILE, shorter),
     }
     write_manifest(folder, facts)
@@ -56,18 +57,21 @@ def write_manifest(folder: Path, facts: Mapping[str, Mapping[str, Any]]) -> None
     (folder / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
 
 
-def _make_tower(file: Path, shorter: int) -> dict[str, Any]:
+def _make_tower(folder: Path, shorter: int) -> dict[str, dict[str, Any]]:
     seen = seen_pictures("train", 0, PICTURES // shorter, SIGHTS)
     tower, heads = train_tower(EVA, seen, TOWER_STEPS // shorter, after_step=_say("tower"))
-    write_weights(tower_tensors(tower, eva_state_map(EVA, theirs="")), file)
+    write_weights(tower_tensors(tower, eva_state_map(EVA, theirs="")), folder / EVA_FILE)
+    write_weights({"places": place_readings(heads.patches.weight)}, folder / PLACES_FILE)
     return tower_facts(tower, heads)
 
 
-def tower_facts(tower: EvaTower, heads: Heads) -> dict[str, Any]:
-    """What the manifest says of a tower."""
+def tower_facts(tower: EvaTower, heads: Heads) -> dict[str, dict[str, Any]]:
+    """What the manifest says of a tower and of what is read off it."""
     pictures = {split: labelled(seen_pictures(split, 0, HELD_OUT, SIGHTS)) for split in SPLITS}
     found = {split: tower_accuracy(tower, heads, seen) for split, seen in pictures.items()}
-    return {"taught": "labels of every patch of toy pictures, counts of whole pictures", "accuracy": _rounded(found)}
+    taught = "labels of every patch of toy pictures, counts of whole pictures"
+    read = "the tower's linear readings of a patch's row and column, from which the resampler's first attention is made"
+    return {EVA_FILE: {"taught": taught, "accuracy": _rounded(found)}, PLACES_FILE: {"read off": read}}
 
 
 def _make_decoder(file: Path, shorter: int) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from megavlm.plan.search import SearchResult, search
 from megavlm.plan.step import SPLIT
 from megavlm.recipes import recipe
 
-RUN = recipe("infimm-llama2-13b/pretrain")
+RUN = recipe("infimm-llama2-13b/pretrain").override("parallel.tensor_model_parallel_size=4")
 CLUSTER = parse_cluster("1x8xA100-80GB")
 MODEL = MadeModel(layers=40, activation=3 << 30, tensor_message=1e8, message=4e7, gradients=4e9, is_frozen=True)
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib.resources import as_file, files
 from pathlib import Path
 
@@ -15,15 +15,23 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from megavlm.export.assemble import assemble_infimm
+from megavlm.checkpoint.hf_folder import HFFolder
+from megavlm.export.assemble import assemble_infimm, write_folder
+from megavlm.export.hf_export import tokenizer_files
+from megavlm.export.infimm_folder import infimm_family_files
 from megavlm.model.decoder.config import DecoderConfig
+from megavlm.model.infimm.state_map import infimm_state_map
 from megavlm.model.towers.eva import EvaTower
 from megavlm.model.towers.eva_state_map import eva_state_map
 from megavlm.recipes.tiny import DECODER, EVA, INFIMM
+from megavlm.toy.resampler_start import FIRST_ATTENTION, looking_latents
 from megavlm.toy.tokenizer import NEW_TOKENS, write_tokenizer
 
 WEIGHTS = files("megavlm.toy.bases")
-DECODER_FILE, EVA_FILE, MANIFEST = "decoder.safetensors", "eva.safetensors", "manifest.json"
+DECODER_FILE, EVA_FILE, PLACES_FILE = "decoder.safetensors", "eva.safetensors", "places.safetensors"
+MANIFEST = "manifest.json"
+OPEN_GATES = {".attn_gate": 1.0, ".ff_gate": 0.5}
+"""Where gates start. From 0, as in the real models, those of the attention come to 0.03 in 500 steps."""
 
 
 def decoder_shape() -> DecoderConfig:
@@ -64,16 +72,45 @@ def base_tower() -> EvaTower:
 
 
 def infimm_base(folder: Path, seed: int = 1234) -> Path:
-    """A toy InfiMM to start from: a tower that sees, a decoder that speaks, a fresh resampler and closed gates."""
+    """A toy InfiMM to start from: a tower that sees, a decoder that speaks, and between them fresh weights.
+
+    But the gates are open, and the resampler's first attention has each latent hand on one patch.
+    """
     with tempfile.TemporaryDirectory() as place, as_file(WEIGHTS / EVA_FILE) as tower:
-        assemble_infimm(
-            write_decoder(Path(place)),
-            tower,
-            INFIMM.tower,
-            INFIMM.model_type,
-            INFIMM.cross_attention.every_n_layers,
-            folder,
-            dtype=torch.float32,
-            seed=seed,
-        )
+        language, plain = write_decoder(Path(place) / "decoder"), Path(place) / "plain"
+        layers = INFIMM.cross_attention.every_n_layers
+        assemble_infimm(language, tower, INFIMM.tower, INFIMM.model_type, layers, plain, dtype=torch.float32, seed=seed)
+        with HFFolder.open(plain) as source:
+            extra = {**tokenizer_files(language), **infimm_family_files(DECODER, INFIMM, "float32")}
+            whole = infimm_state_map(DECODER, INFIMM)
+            write_folder(_Opened(source, seed), whole, folder, torch.float32, extra)
     return folder
+
+
+class _Opened:
+    """The weights of a folder with the resampler's beginning replaced, and its gates open."""
+
+    def __init__(self, source: HFFolder, seed: int) -> None:
+        with as_file(WEIGHTS / PLACES_FILE) as file:
+            places = load_file(file)["places"].float()
+        prefix = "model.perceiver."
+        fresh = {name: source.read(prefix + name) for name in FIRST_ATTENTION}
+        set_up = looking_latents(fresh, places, INFIMM.resampler, seed)
+        self._source, self._set_up = source, {prefix + name: tensor for name, tensor in set_up.items()}
+        for ending, gate in OPEN_GATES.items():
+            self._set_up |= {name: torch.full((1,), gate) for name in source.names() if name.endswith(ending)}
+
+    def names(self) -> Sequence[str]:
+        return self._source.names()
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self._source.shape(name)
+
+    def read(self, name: str) -> Tensor:
+        return self._set_up[name] if name in self._set_up else self._source.read(name)
+
+    def read_rows(self, name: str, start: int, stop: int) -> Tensor:
+        return self.read(name)[start:stop]
+
+    def read_columns(self, name: str, start: int, stop: int) -> Tensor:
+        return self.read(name)[:, start:stop]
