@@ -56,8 +56,8 @@ def row_of(run: RunConfig) -> PlannedRow:
     return PlannedRow(documents, used + 32 - used % 16)
 
 
-def real(name: str, degrees: dict[str, Any]) -> tuple[int, int, tuple[int, ...], int]:
-    """(stage, data-parallel rank, bytes that stay, peak of the second step) of this rank of a real run."""
+def real(name: str, degrees: dict[str, Any]) -> tuple[int, bool, tuple[int, ...], int]:
+    """(stage, whether it is the first of its tensor- and data-parallel ranks, bytes that stay, peak of the second step) of this rank of a real run."""
     process_groups.join()
     run = run_of(name, degrees)
     groups = process_groups.start(run.parallel, run.train.seed)
@@ -69,7 +69,8 @@ def real(name: str, degrees: dict[str, Any]) -> tuple[int, int, tuple[int, ...],
         with follower:
             train_step(rank.wrapped, rank.optimizer, batches, groups, rank.model.inputs)
     stays = tuple(static_bytes(rank.model.parts(), rank.optimizer))
-    return groups.pipeline_rank, groups.data_rank, stays, follower.peak
+    is_first = groups.data_rank == groups.tensor_rank == 0
+    return groups.pipeline_rank, is_first, stays, follower.peak
 
 
 def planned(cases: list[tuple[str, str]]) -> dict[tuple[str, str], list[tuple[tuple[int, ...], int]]]:
@@ -89,13 +90,16 @@ def compare(cases: list[tuple[str, str]]) -> None:
     (plans,) = spawn(planned, 1, cases, timeout=600)
     for name, layout in cases:
         world, degrees = LAYOUTS[layout]
-        for rank, (stage, data_rank, stays, peak) in enumerate(spawn(real, world, name, degrees)):
+        for rank, (stage, is_first, stays, peak) in enumerate(spawn(real, world, name, degrees)):
             planned_bytes, planned_peak = plans[name, layout][stage]
             where = f"{name} {layout} rank {rank}"
-            # Shares of the optimizer's state end within parameters, so those of other data-parallel ranks differ a bit.
-            count = 3 if data_rank == 0 else 2
-            assert stays[:count] == planned_bytes[:count], where
-            assert planned_peak == pytest.approx(peak, rel=0.05), where
+            assert stays[:2] == planned_bytes[:2], where
+            if is_first:  # which the plan is of: it has most images
+                assert stays == planned_bytes, where
+                assert planned_peak == pytest.approx(peak, rel=0.05), where
+            else:
+                assert stays[2] == pytest.approx(planned_bytes[2], rel=0.01), where
+                assert peak <= 1.05 * planned_peak, where
 
 
 def test_memory_of_each_rank_is_as_planned() -> None:

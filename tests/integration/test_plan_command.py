@@ -2,28 +2,41 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
+from megavlm import cli
 from megavlm.build.run_config import check_for_world
 from megavlm.errors import LayoutError
 from megavlm.options import parse_options
 from megavlm.recipes import recipe
+from megavlm.testing import spawn
 
 
-def plan(*arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-W", "ignore", "-m", "megavlm", "plan", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=600)
+def run_command(arguments: list[str]) -> tuple[int, str, str]:
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        code = cli.main(["plan", *arguments])
+    return code, out.getvalue(), err.getvalue()
+
+
+def plan(*arguments: str) -> tuple[int, str, str]:
+    """(exit code, standard output, standard error) of the command, in a process of its own."""
+    (done,) = spawn(run_command, 1, list(arguments), timeout=600)
+    found: tuple[int, str, str] = done
+    return found
 
 
 def test_a_stage_in_a_given_layout() -> None:
-    done = plan("infimm-tiny/pretrain", "--cluster", "1x2xA100-80GB", "--tensor-model-parallel-size", "2", "--json")
-    assert done.returncode == 0, done.stderr
-    (found,) = json.loads(done.stdout)
+    code, out, err = plan(
+        "infimm-tiny/pretrain", "--cluster", "1x2xA100-80GB", "--tensor-model-parallel-size", "2", "--json"
+    )
+    assert code == 0, err
+    (found,) = json.loads(out)
     assert found["fits"] and found["gpus"] == 2 and found["layout"].startswith("TP 2")
     assert sum(found["split_seconds"].values()) == pytest.approx(found["step_seconds"])
     assert found["hours"] == pytest.approx(found["steps"] * found["step_seconds"] / 3600)
@@ -39,10 +52,10 @@ def test_a_run_that_does_not_fit_says_by_how_much(tmp_path: Path) -> None:
     inside = "inside: {gb_s: 300, latency_us: 3, small_latency_us: 1}"
     between = "between: {gb_s: 25, latency_us: 9, small_latency_us: 3}"
     cluster.write_text(f"nodes: 1\ngpus_per_node: 1\nchip: {chip}\n{inside}\n{between}\n")
-    done = plan("decoder-tiny", "--cluster", str(cluster), "--micro-batch-size", "4")
-    assert done.returncode == 2
-    assert "it does not fit" in done.stdout and "a step takes" in done.stdout
-    assert done.stderr.count("\n") == 1 and "GiB" in done.stderr and "Traceback" not in done.stderr
+    code, out, err = plan("decoder-tiny", "--cluster", str(cluster), "--micro-batch-size", "4")
+    assert code == 2
+    assert "it does not fit" in out and "a step takes" in out
+    assert "megavlm: error: decoder-tiny on --cluster" in err and "GiB" in err
 
 
 @pytest.mark.parametrize(
@@ -56,6 +69,6 @@ def test_a_run_that_does_not_fit_says_by_how_much(tmp_path: Path) -> None:
 def test_it_refuses_what_the_trainer_refuses(options: list[str]) -> None:
     with pytest.raises(LayoutError) as refused:
         check_for_world(parse_options(recipe("infimm-tiny/finetune"), options), 8)
-    done = plan("infimm-tiny/finetune", "--cluster", "8xA100-80GB", *options)
-    assert done.returncode == 2 and done.stdout == ""
-    assert done.stderr.strip() == f"megavlm: error: {refused.value}"
+    code, out, err = plan("infimm-tiny/finetune", "--cluster", "8xA100-80GB", *options)
+    assert code == 2 and out == ""
+    assert err.strip() == f"megavlm: error: {refused.value}"
