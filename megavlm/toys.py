@@ -18,7 +18,7 @@ from megavlm.data.toy_world.samples import toy_samples
 from megavlm.data.toy_world.world import SampleKind
 
 SAMPLES: dict[SampleKind, int] = {"pairs": 600, "documents": 150, "chat": 1200, "multi_image": 150, "text": 150}
-_TAGS = {"infimm": {END_OF_CHUNK: 510, "<image>": 511}, "aquila-vl": {"<image>": 510, "<video>": 511}}
+_TAGS = {"infimm": {END_OF_CHUNK: 261, "<image>": 262}, "aquila-vl": {"<image>": 510, "<video>": 511}}
 _CHATS = {
     "infimm": (ChatConfig(template="plain"), ChatConfig(template="vicuna")),
     "aquila-vl": (ChatConfig(template="plain", caption_end="\n"), ChatConfig(template="chatml")),

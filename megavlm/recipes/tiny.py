@@ -4,13 +4,15 @@
 
 Hardware: two CPU cores. Time: about half a minute. Expected: `lm loss` falls from 4.6 to below 1.
 
-    megavlm train infimm-tiny/pretrain --data-path data --tokenizer FOLDER
+    make quickstart                               # infimm-tiny's three stages from toy bases, and what they learnt
+    megavlm train infimm-tiny/pretrain --data-path data --load-hf FOLDER
 
 The stages of InfiMM and of Aquila-VL on the toy world: models of 5M and 2M parameters, the same streams, thirds, grids,
 trainables and templates. Data sets: toy-pairs, toy-documents, toy-chat, toy-multi_image and toy-text below
 `--data-path`. The tokenizer's tokens for the tags are asked of the settings, and a wrong number is refused with the
-right one. Time: not run yet. Expected: that a run goes through, no more: tower and decoder start from random weights,
-where the real stages start from trained ones.
+right one; infimm-tiny's are those of the toy tokenizer. `megavlm.toy.bases.infimm_base` writes a folder to start from,
+`megavlm.toy.data.prepare_toy_data` the data sets. Time and result of infimm-tiny: docs/quickstart.md. aquila-vl-tiny
+has no bases yet: expect that a run goes through, no more.
 """
 
 from __future__ import annotations

@@ -27,7 +27,7 @@ from megavlm.toy.tower import Heads, labelled, tower_accuracy, train_tower
 
 logger = get_logger(__name__)
 
-PICTURES, TEXTS, HELD_OUT = 48_000, 40_000, 500
+PICTURES, TEXTS, HELD_OUT = 48_000, 40_000, 200
 TOWER_STEPS = 3000
 DECODER_CYCLES = ((1500, 3e-3), (2000, 2e-3))
 SIGHTS = ToyWorld(kinds=("shape", "position", "count", "count_by", *("reading",) * 4, "chart"))

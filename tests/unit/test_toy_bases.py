@@ -70,7 +70,7 @@ def _linear_reading(features: torch.Tensor, pictures: Labelled) -> dict[str, tor
 def test_the_decoder_answers_what_it_was_told(tmp_path: Path) -> None:
     decoder = AutoModelForCausalLM.from_pretrained(write_decoder(tmp_path), dtype=torch.float32)
     world = ToyWorld(kinds=("colour", "shape", "position", "reading"))
-    assert speech_accuracy(decoder, list(texts(toy_words(), "unseen_combinations", 0, 64, world))) > 0.9
+    assert speech_accuracy(decoder, list(texts(toy_words(), "unseen_combinations", 0, 64, world))) > 0.8
 
 
 def test_a_whole_base_starts_the_recipe_on_its_data(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import io
 import os
@@ -302,6 +303,14 @@ def test_fonts_and_characters_look_different() -> None:
     for one, other in combinations(FONTS, 2):
         distances = [np.abs(looks[character, one] - looks[character, other]).mean() for character in "AEHKMR2358"]
         assert np.mean(distances) > 0.08, (one, other)
+
+
+def test_a_character_that_stands_out_below_its_picture_is_labelled_as_far_as_it_shows() -> None:
+    scene = draw_scene(Dice(0), "reading", "train", ToyWorld())[0]
+    low = dataclasses.replace(scene, content=Word("77", "bold", "red", 20, 8, 50))
+    found = labels(low, (8, 8))
+    assert (found.character[7] == CHARACTER_CLASSES.index("7")).any() or (found.character[6] > 0).any()
+    assert not found.character[:6].any()
 
 
 @pytest.mark.parametrize("grid", [(8, 8), (5, 7)])

@@ -72,10 +72,8 @@ def base_tower() -> EvaTower:
 
 
 def infimm_base(folder: Path, seed: int = 1234) -> Path:
-    """A toy InfiMM to start from: a tower that sees, a decoder that speaks, and between them fresh weights.
-
-    But the gates are open, and the resampler's first attention has each latent hand on one patch.
-    """
+    """A toy InfiMM to start from: a tower that sees, a decoder that speaks, and between them fresh weights, but that
+    the gates are open and that the resampler's first attention has each latent hand on one patch."""
     with tempfile.TemporaryDirectory() as place, as_file(WEIGHTS / EVA_FILE) as tower:
         language, plain = write_decoder(Path(place) / "decoder"), Path(place) / "plain"
         layers = INFIMM.cross_attention.every_n_layers
