@@ -11,7 +11,15 @@ setup(
     + find_packages("kernels", include=["megavlm_kernels", "megavlm_kernels.*"]),
     package_dir={"megavlm": "megavlm", "megavlm_kernels": "kernels/megavlm_kernels"},
     package_data={
-        "megavlm": ["py.typed", "export/*_files/*.jinja", "data/preview_files/*", "toy/bases/*.safetensors", "toy/bases/*.json"],
+        "megavlm": [
+            "py.typed",
+            "export/*_files/*.jinja",
+            "data/preview_files/*",
+            "plan/page_files/*",
+            "plan/calibration.yaml",
+            "toy/bases/*.safetensors",
+            "toy/bases/*.json",
+        ],
         "megavlm_kernels": ["py.typed"],
     },
 )

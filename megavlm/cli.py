@@ -14,6 +14,7 @@ from megavlm.log import quiet_third_parties
 
 COMMANDS: dict[str, tuple[str, str]] = {
     "recipes": ("list the runs known by name, or print one fully resolved", "megavlm.commands:recipes"),
+    "plan": ("will it fit, how fast will it be: a run traced without a GPU", "megavlm.plan_commands:plan"),
     "train": ("train a recipe, alone or under torchrun", "megavlm.commands:train"),
     "data": ("prepare, index, check and look at data sets", "megavlm.data_commands:data"),
     "import-hf": ("a released folder, or a model's parts, as a folder to start from", "megavlm.commands:import_hf"),

@@ -102,7 +102,7 @@ def forward_backward(
     """Leave the gradient of the global batch's mean loss in `main_grad`; return that loss."""
     for chunk in chunks:
         chunk.zero_grad_buffer()
-    return global_loss(run_schedule(chunks, batches, _summed(batches, apart), inputs=inputs), groups)
+    return global_loss(run_schedule(chunks, batches, summed_losses(batches, apart), inputs=inputs), groups)
 
 
 @torch.no_grad()
@@ -114,7 +114,7 @@ def forward_loss(
     apart: TokenGroups | None = None,
 ) -> GlobalLoss:
     """The loss alone."""
-    sums = run_schedule(chunks, batches, _summed(batches, apart), inputs=inputs, forward_only=True)
+    sums = run_schedule(chunks, batches, summed_losses(batches, apart), inputs=inputs, forward_only=True)
     return global_loss(sums, groups)
 
 
@@ -133,7 +133,7 @@ def global_loss(sums: Sequence[Tensor], groups: Groups) -> GlobalLoss:
     return GlobalLoss(loss / max(tokens, 1.0), int(tokens), of_groups, bad)
 
 
-def _summed(batches: Sequence[TextBatch], apart: TokenGroups | None) -> OutputFunction:
+def summed_losses(batches: Sequence[TextBatch], apart: TokenGroups | None) -> OutputFunction:
     """What megatron-core takes of a microbatch: the sum of its losses and the tokens it counts, to divide by."""
     tokens_of = {} if apart is None else {id(one): tokens for one, tokens in zip(batches, apart.of_tokens, strict=True)}
 

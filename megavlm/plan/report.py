@@ -36,8 +36,9 @@ def search_report(found: SearchResult, run: RunConfig) -> str:
         f"{found.untried:,} left untried"
     ]
     if found.best:
-        lines += ["", *_best(found), "", "the first one's options:"]
-        lines += _wrapped(found.best[0].evaluation.choice.options(run), "  ")
+        options = found.best[0].evaluation.choice.options(run)
+        lines += ["", *_best(found), ""]
+        lines += ["the first one's options:", *_wrapped(options, "  ")] if options else ["the first is the run's own"]
     else:
         lines += ["", "none of them works"]
     if found.failures:
@@ -51,7 +52,7 @@ def _best(found: SearchResult) -> Iterator[str]:
     table = [("", "step s", "MFU", "GiB", "layout")]
     for place, ranked in enumerate(found.best, 1):
         one = ranked.evaluation
-        table.append((str(place), f"{one.seconds:.2f}", f"{one.mfu:.1%}", f"{one.needed / GIB:.1f}", one.choice.name))
+        table.append((str(place), f"{one.seconds:.3g}", f"{one.mfu:.1%}", f"{one.needed / GIB:.1f}", one.choice.name))
     have = found.best[0].evaluation.cluster.chip.memory_bytes / GIB
     header, *rows = aligned(table)
     yield f"the fastest that fit (GiB of {have:.1f}, {SLACK:.0%} slack included):"
@@ -72,7 +73,7 @@ def scale_report(points: Sequence[ScalePoint]) -> str:
         table.append(
             (
                 f"{point.gpus:,}",
-                f"{one.seconds:.2f}",
+                f"{one.seconds:.3g}",
                 f"{one.tokens_per_second:,.0f}",
                 f"{one.mfu:.1%}",
                 f"{point.efficiency:.0%}",

@@ -51,7 +51,7 @@ def scale(
     images: Images = lambda microbatches, replicas: None,
     gpus: Sequence[int] | None = None,
 ) -> list[ScalePoint]:
-    """The fastest of the judged layouts at each number of GPUs."""
+    """The fastest of the judged layouts at each number of GPUs, up to the first that has more copies than rows."""
     assert evaluations
     cluster = evaluations[0].cluster
     points: list[ScalePoint] = []
@@ -64,6 +64,8 @@ def scale(
             points.append(ScalePoint(count, fastest, limit(fastest.step)))
         else:
             points.append(ScalePoint(count, None, str(timed[0])))
+        if all(_copies(one, count) > _rows(one) for one in evaluations):
+            break  # still more GPUs have no rows either
     return list(_with_efficiency(points))
 
 
@@ -102,8 +104,8 @@ def _again(run: RunConfig, known: Evaluation, cluster: Cluster, rate: Rate, imag
     problem = refusal(run, choice, cluster)
     if problem:
         return problem
-    before, copies = (known.choice.data_parallel(gpus) for gpus in (known.cluster.gpus, cluster.gpus))
-    rows = known.microbatches * before
+    before, copies = _copies(known, known.cluster.gpus), _copies(known, cluster.gpus)
+    rows = _rows(known)
     if copies > rows:
         return f"{copies:,} copies of the model share {rows:,} rows"
     microbatches = -(-rows // copies)
@@ -124,6 +126,15 @@ def _again(run: RunConfig, known: Evaluation, cluster: Cluster, rate: Rate, imag
     )
     found = replace(known, choice=choice, cluster=cluster, profiles=profiles, step=step, microbatches=microbatches)
     return found if found.fits else found.misfit
+
+
+def _copies(known: Evaluation, gpus: int) -> int:
+    return known.choice.data_parallel(gpus)
+
+
+def _rows(known: Evaluation) -> int:
+    """Of a step."""
+    return known.microbatches * _copies(known, known.cluster.gpus)
 
 
 def _profile(profile: StageProfile, fill: float, shards: float) -> StageProfile:

@@ -11,8 +11,8 @@ The stages of InfiMM and of Aquila-VL on the toy world: models of 5M and 2M para
 trainables and templates. Data sets: toy-pairs, toy-documents, toy-chat, toy-multi_image and toy-text below
 `--data-path`. The tokenizer's tokens for the tags are asked of the settings, and a wrong number is refused with the
 right one; infimm-tiny's are those of the toy tokenizer. `megavlm.toy.bases.infimm_base` writes a folder to start from,
-`megavlm.toy.data.prepare_toy_data` the data sets. Time and result of infimm-tiny: docs/quickstart.md. aquila-vl-tiny has
-no bases yet: expect that a run goes through, no more.
+`megavlm.toy.data.prepare_toy_data` the data sets. Time and result of infimm-tiny: docs/quickstart.md. aquila-vl-tiny
+has no bases yet: expect that a run goes through, no more.
 """
 
 from __future__ import annotations

@@ -49,8 +49,6 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def alone(root: Path) -> dict[str, Steps]:
     """What one process computes."""
     (found,) = spawn(train, 1, str(root), STAGES, {}, timeout=900)
-    for stage, steps in found.items():
-        assert steps[-1][0]["lm loss"] < steps[0][0]["lm loss"], f"{stage} learned nothing"
     return found
 
 
@@ -64,7 +62,11 @@ def train(root: str, stages: list[str], degrees: dict[str, Any]) -> dict[str, St
         check_for_world(run, world_size)
         groups = process_groups.start(run.parallel, run.train.seed)
         training = build_training(run, groups)
+        weights = [p for chunk in training.model.chunks for p in chunk.parameters() if p.requires_grad]
+        before = [weight.detach().clone() for weight in weights]
         results = [training.step(step, stop=0) for step in feed(run, training.model, groups, 0)]
+        moved = sum(not weight.equal(old) for weight, old in zip(weights, before, strict=True))
+        assert moved >= 0.9 * len(weights), f"{stage}: of {len(weights)} tensors {moved} were trained"
         found[stage] = [(dict(result.losses), result.grad_norm) for result in results]
         process_groups.stop()
     return found if groups.speaks else None

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import logging
 from collections.abc import Iterator
 from dataclasses import replace
@@ -27,6 +29,7 @@ from resumed_runs import (
 
 from megavlm.batch import TextBatch
 from megavlm.build.run_config import RunConfig
+from megavlm.cli import main
 from megavlm.errors import DivergedError
 from megavlm.parallel import groups as process_groups
 from megavlm.parallel.wrap import gather_parameters
@@ -179,3 +182,20 @@ def test_too_many_in_a_row_stop_the_run() -> None:
     for error, reports, _ in found:
         assert error is not None and error.startswith("steps = [4, 5]") and "--max-nan-iterations" in error
         assert [one.iteration for one in reports] == [1, 2, 3, 4, 5]
+
+
+def run_command(arguments: list[str]) -> tuple[int, str]:
+    """(exit code, what it wrote to standard error)."""
+    errors = io.StringIO()
+    with contextlib.redirect_stderr(errors), contextlib.redirect_stdout(io.StringIO()):
+        return main(arguments), errors.getvalue()
+
+
+def test_a_diverging_command_ends_in_one_line() -> None:
+    """Nothing is injected: the first update makes all weights too large to compute with."""
+    options = ["--lr", "1e30", "--lr-warmup-iters", "0", "--clip-grad", "0", "--global-batch-size", "8"]
+    outcomes = spawn(run_command, 2, ["train", "decoder-tiny", *options], timeout=300)
+    assert [code for code, _ in outcomes] == [2, 2]
+    texts = [text for _, text in outcomes]
+    assert "megavlm: error: steps = [2, 3, 4]: " in texts[0].splitlines()[-1] and texts[1] == ""
+    assert texts[0].count("not finite, so no weight was changed") == 3

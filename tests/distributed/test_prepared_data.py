@@ -200,6 +200,8 @@ def losses_one_by_one(family: str, world: str) -> list[float]:
     training = build_training(run, groups)
     step = next(feed(run, training.model, groups, 0))
     assert step.sources is not None
+    named = {name for row in step.rows for name in row}
+    assert len(named) > 8 and named <= set(step.samples()) and len(step.samples()) == 12
     found = []
     for number in range(len(step.sources.names)):
         batches = [

@@ -10,7 +10,7 @@ from datetime import datetime
 
 import pytest
 
-from megavlm.log import IterationStats, get_logger, iteration_line, log_iteration, setup_logging
+from megavlm.log import IterationStats, get_logger, iteration_line, log_iteration, setup_logging, validation_line
 
 STATS = IterationStats(
     iteration=10,
@@ -38,6 +38,13 @@ def test_iteration_line_is_megatrons_to_the_space() -> None:
         "elapsed time per iteration (ms): 123.4 | learning rate: 1.000000E-04 | global batch size:    32 | "
         "lm loss: 2.345678E+00 | loss scale: 1.0 | grad norm: 1.234 | number of skipped iterations:   0 | "
         "number of nan iterations:   0 |"
+    )
+
+
+def test_validation_line_is_megatrons_to_the_space() -> None:
+    assert validation_line(300, {"lm loss": 2.345678, "lm loss/chat": 30.0}) == (
+        " validation loss at iteration 300 | lm loss value: 2.345678E+00 | lm loss PPL: 1.044035E+01 | "
+        "lm loss/chat value: 3.000000E+01 | lm loss/chat PPL: 4.851652E+08 | "
     )
 
 

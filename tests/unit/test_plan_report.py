@@ -14,7 +14,7 @@ from megavlm.plan.search import SearchResult, search
 from megavlm.plan.step import SPLIT
 from megavlm.recipes import recipe
 
-RUN = recipe("infimm-llama2-13b/pretrain")
+RUN = recipe("infimm-llama2-13b/pretrain").override("parallel.tensor_model_parallel_size=4")
 CLUSTER = parse_cluster("1x8xA100-80GB")
 MODEL = MadeModel(layers=40, activation=3 << 30, tensor_message=1e8, message=4e7, gradients=4e9, is_frozen=True)
 
@@ -32,7 +32,7 @@ def test_a_search_says_what_is_best_why_and_how_to_ask_for_it(found: SearchResul
     assert max(map(len, lines)) <= 110
     for place, ranked in enumerate(found.best, 1):
         (line,) = [line for line in lines if line.startswith(f"  {place}  ")]
-        assert ranked.evaluation.choice.name in line and f"{ranked.evaluation.seconds:.2f}" in line
+        assert ranked.evaluation.choice.name in line and f"{ranked.evaluation.seconds:.3g}" in line
     assert "% slower" in said and "tensor-parallel messages" in said and "GiB left" in said
     words = said[said.index("options:") :].split()
     asked = words[1 : 1 + len(found.best[0].evaluation.choice.options(RUN).split())]
@@ -53,7 +53,7 @@ def test_scaling_has_a_line_for_each_size_and_names_limits() -> None:
     said = scale_report(points)
     rows = {line.split()[0]: line for line in said.splitlines() if line.startswith("  ")}
     assert {f"{point.gpus:,}" for point in points} < set(rows)
-    assert "100%" in rows["8"] and "share 80 rows" in rows["4,096"]
+    assert "100%" in rows["8"] and "share 80 rows" in rows["256"] and "512" not in rows
     assert "from " in said.splitlines()[-1] or "computing" in said.splitlines()[-1]
 
 

@@ -1,0 +1,70 @@
+"""How long work takes on a chip: a roofline for each class of it, at what kernels reach of the chip's peaks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from megavlm.config import Config, require
+from megavlm.errors import ConfigError
+from megavlm.plan.profile import OpCost
+
+CALIBRATION = Path(__file__).with_name("calibration.yaml")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Efficiency(Config):
+    """What kernels reach of one chip's peaks."""
+
+    matmul: float
+    """Share of the peak of bf16 products that those of a model reach."""
+    attention: float
+    """Share of the same peak that attention reaches, causal masks counted by half."""
+    memory: float
+    """Share of the memory's bandwidth."""
+    fused: float = 1.0
+    """Share of elementwise traffic that is left where operations are fused."""
+    start_us: float = 0.0
+    """Microseconds that an operation takes at least."""
+    sources: dict[str, str] = field(default_factory=dict)
+    """Where each number comes from."""
+
+    def check(self) -> None:
+        for name in ("matmul", "attention", "memory", "fused"):
+            require(0 < getattr(self, name) <= 1, self, name, "is outside (0, 1]", "use what was measured")
+        require(self.start_us >= 0, self, "start_us", "is negative", "use 0 for none")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Calibration(Config):
+    """Efficiencies by chip."""
+
+    chips: dict[str, Efficiency]
+    """Chip -> what is reached of it."""
+
+    def of(self, chip: str) -> Efficiency:
+        """That of a chip."""
+        if chip in self.chips:
+            return self.chips[chip]
+        remedy = f"use one of {', '.join(self.chips)}, or name a file that has it by --calibration"
+        raise ConfigError("calibration", chip, "has no row for this chip", remedy)
+
+
+def seconds_of(flops_per_second: float, bytes_per_second: float, efficiency: Efficiency) -> Callable[[OpCost], float]:
+    """Seconds of computing of a class of work on a chip of these peaks; messages take none of them."""
+    products = {
+        "matmul": flops_per_second * efficiency.matmul,
+        "attention": flops_per_second * efficiency.attention,
+        "memory": float("inf"),
+    }
+    bandwidth = bytes_per_second * efficiency.memory
+
+    def seconds(cost: OpCost) -> float:
+        if cost.kind == "comm":
+            return 0.0
+        share = efficiency.fused if cost.kind == "memory" else 1.0
+        moved = share * cost.bytes / bandwidth
+        return max(cost.flops / products[cost.kind], moved, share * cost.count * efficiency.start_us * 1e-6)
+
+    return seconds

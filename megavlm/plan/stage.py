@@ -1,0 +1,194 @@
+"""Profiles of all stages of a run: what was traced, put together as the schedule runs it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+from megavlm.build.model import with_layout
+from megavlm.build.run_config import RunConfig, WeightsConfig
+from megavlm.parallel.layout import layers_of_chunks
+from megavlm.plan.in_flight import most_in_flight, peak_bytes
+from megavlm.plan.profile import MemoryUse, OpCost, RowProfile, StageProfile
+from megavlm.plan.rows import PlannedRow
+from megavlm.plan.trace import ChunkTrace, Rank, StepTrace, trace_microbatch, trace_step, traced_rank
+
+CONTEXT = 600 << 20
+"""Bytes that CUDA and its libraries take on each GPU before anything is allocated: assumed."""
+COMMUNICATOR = 300 << 20
+"""Bytes that NCCL takes for each group of ranks: assumed."""
+
+Rows = Mapping[str, PlannedRow]
+"""`mean` and `worst`."""
+
+
+def profile_run(run: RunConfig, world_size: int, microbatches: int, rows: Rows) -> list[StageProfile]:
+    """Each pipeline stage of the run in a world of so many ranks, of so many microbatches a data-parallel rank."""
+    run = with_layout(run).replace(weights=WeightsConfig())
+    steps, chunks = _trace_all(run, world_size, rows)
+    return [_profile(run, stage, microbatches, rows, steps[stage], chunks) for stage in range(_stages(run))]
+
+
+def _stages(run: RunConfig) -> int:
+    return run.parallel.pipeline_model_parallel_size
+
+
+def _trace_all(run: RunConfig, world_size: int, rows: Rows) -> tuple[list[StepTrace], list[dict[str, ChunkTrace]]]:
+    """The step of each stage, and each chunk of the model in order; those that are alike are traced once."""
+    virtual = run.parallel.virtual_pipeline_model_parallel_size
+    chunks: list[dict[str, ChunkTrace]] = []
+    steps: list[StepTrace] = []
+    alike: dict[object, dict[str, ChunkTrace]] = {}
+    alike_steps: dict[object, StepTrace] = {}
+    flat = run if virtual == 1 else _as_stages(run)
+    flat_world = world_size * virtual
+    for number in range(run.parallel.chunks):
+        key = _signature(run, [number])
+        if key not in alike:
+            with traced_rank(flat, flat_world, number) as rank:
+                alike[key] = _trace_rows(rank, rows, chunks[0] if chunks else {})
+                if virtual == 1:
+                    alike_steps[key] = trace_step(rank)
+        chunks.append(alike[key])
+    for stage in range(_stages(run)):
+        key = _signature(run, [*range(stage, run.parallel.chunks, _stages(run))])
+        key = key if virtual > 1 else _signature(run, [stage])
+        if key not in alike_steps:
+            with traced_rank(run, world_size, stage) as rank:
+                alike_steps[key] = trace_step(rank)
+        steps.append(alike_steps[key])
+    return steps, chunks
+
+
+def _trace_rows(rank: Rank, rows: Rows, first: Mapping[str, ChunkTrace]) -> dict[str, ChunkTrace]:
+    """Each row through the rank's chunk, equal ones once; `first` is what the model's first chunk did."""
+    of_row: dict[PlannedRow, ChunkTrace] = {}
+    for name, row in rows.items():
+        if row not in of_row:
+            of_row[row] = trace_microbatch(rank, row, first[name].sent if first else None)
+    return {name: of_row[row] for name, row in rows.items()}
+
+
+def _as_stages(run: RunConfig) -> RunConfig:
+    """The run whose stages are the chunks of an interleaved one: megatron-core cuts the layers in the same places."""
+    parallel = run.parallel.replace(
+        pipeline_model_parallel_size=run.parallel.chunks, virtual_pipeline_model_parallel_size=1
+    )
+    return run.replace(parallel=parallel)
+
+
+def _signature(run: RunConfig, chunks: Sequence[int]) -> object:
+    """Chunks with the same one hold and do the same."""
+    counts = layers_of_chunks(run.parallel, run.decoder.num_layers)
+    last = run.parallel.chunks - 1
+    every = run.infimm.cross_attention.every_n_layers if run.infimm else 1
+    return tuple((chunk == 0, chunk == last, counts[chunk], sum(counts[:chunk]) % every) for chunk in chunks)
+
+
+def _profile(
+    run: RunConfig,
+    stage: int,
+    microbatches: int,
+    rows: Rows,
+    step: StepTrace,
+    chunks: Sequence[Mapping[str, ChunkTrace]],
+) -> StageProfile:
+    stages, virtual = _stages(run), run.parallel.virtual_pipeline_model_parallel_size
+    counts = layers_of_chunks(run.parallel, run.decoder.num_layers)
+    profiles = {
+        name: _row_profile(run, name, row, [chunk[name] for chunk in chunks], step, stage, microbatches)
+        for name, row in rows.items()
+    }
+    return StageProfile(
+        stage=stage,
+        chunks=virtual,
+        layers=sum(counts[stage::stages]),
+        in_flight=most_in_flight(stage, stages, virtual, microbatches),
+        parameters=step.parameters,
+        trainable=step.trainable,
+        mean=profiles["mean"],
+        worst=profiles["worst"],
+    )
+
+
+def _row_profile(
+    run: RunConfig,
+    name: str,
+    row: PlannedRow,
+    chunks: Sequence[ChunkTrace],
+    step: StepTrace,
+    stage: int,
+    microbatches: int,
+) -> RowProfile:
+    stages = _stages(run)
+    own = chunks[stage::stages]
+    memories = [chunk.memory for chunk in own]
+    messages = _messages_held(stage, stages, len(own), microbatches)
+    schedule = peak_bytes(memories, stage, stages, microbatches) + messages * chunks[0].message_bytes
+    costs = [cost for chunk in own for cost in chunk.costs]
+    if _encodes_ahead(run):
+        # Dealt over a whole step, each rank's tower sees the same share, whatever it sees of one microbatch.
+        share = row.tiles / run.parallel.model_parallel_size / max(chunks[0].own_tiles, 1)
+        costs = [cost for cost in costs if cost.part != "tower"]
+        costs += [_scaled(cost, share) for cost in chunks[0].costs if cost.part == "tower"]
+    return RowProfile(
+        name=name,
+        tokens=row.tokens,
+        documents=len(row.documents) * row.rows,
+        images=row.tiles,
+        costs=_together([*costs, *step.costs]),
+        activation_per_microbatch=sum(memory.held for memory in memories),
+        transient=max(max(memory.forward_peak, memory.backward_peak) - memory.held for memory in memories),
+        memory=MemoryUse(
+            weights=step.static.weights,
+            gradients=step.static.gradients,
+            optimizer=step.static.optimizer,
+            activations=max(schedule, step.peak),
+            communication=CONTEXT + COMMUNICATOR * step.communicators,
+            batch=microbatches * own[0].batch_bytes + _features_waiting(run, row, stage, microbatches),
+        ),
+    )
+
+
+def _encodes_ahead(run: RunConfig) -> bool:
+    return run.parallel.vision_over == "all_stages"
+
+
+def _scaled(cost: OpCost, share: float) -> OpCost:
+    return replace(cost, flops=share * cost.flops, bytes=share * cost.bytes, count=max(round(share * cost.count), 1))
+
+
+def _features_waiting(run: RunConfig, row: PlannedRow, stage: int, microbatches: int) -> int:
+    """A tower that encodes ahead leaves the first stage the features of all microbatches; one was traced."""
+    parts = run.infimm or run.aquila_vl
+    if not _encodes_ahead(run) or stage > 0 or parts is None:
+        return 0
+    return (microbatches - 1) * row.tiles * parts.tower.tokens * parts.tower.width * run.precision.dtype.itemsize
+
+
+def _messages_held(stage: int, stages: int, chunks: int, microbatches: int) -> int:
+    """Tensors between stages that live beside the microbatches they belong to.
+
+    Interleaved, one arrives in each direction while another is computed with; else the gradient that was sent last is
+    held until the next one is there.
+    """
+    if stages == 1 or microbatches == 1:
+        return 0
+    return 2 if chunks > 1 else int(stage > 0)
+
+
+def _together(costs: Sequence[OpCost]) -> tuple[OpCost, ...]:
+    """Costs of one class added up."""
+    found: dict[tuple[str, ...], OpCost] = {}
+    for cost in costs:
+        key = (cost.part, cost.kind, cost.phase, cost.group, cost.op)
+        if key in found:
+            before = found[key]
+            cost = replace(
+                before,
+                flops=before.flops + cost.flops,
+                bytes=before.bytes + cost.bytes,
+                count=before.count + cost.count,
+            )
+        found[key] = cost
+    return tuple(found.values())

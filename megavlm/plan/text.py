@@ -1,0 +1,137 @@
+"""A judged run as text and as plain data."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from megavlm.build.run_config import RunConfig
+from megavlm.plan.cluster import GIB
+from megavlm.plan.cost import Efficiency
+from megavlm.plan.evaluation import SLACK, Evaluation, needed_bytes
+from megavlm.plan.mix import Mix
+from megavlm.plan.profile import MemoryUse, RowProfile
+from megavlm.plan.report import aligned, split_lines
+from megavlm.plan.stage import COMMUNICATOR, CONTEXT
+
+MEMORY = ("weights", "gradients", "optimizer", "activations", "batch", "communication")
+
+
+def report(run: RunConfig, evaluation: Evaluation, mix: Mix, efficiency: Efficiency) -> str:
+    """All that is known of one stage of a recipe."""
+    gpus = evaluation.cluster.gpus
+    lines = [
+        f"{run.name} on {evaluation.cluster.name}: {evaluation.choice.name}, "
+        f"{evaluation.choice.data_parallel(gpus)} copies of the model, {evaluation.microbatches} microbatches each",
+        "",
+        *_rows(mix),
+        "",
+        *_memory(evaluation),
+        "",
+        *_time(run, evaluation),
+        "",
+        *_assumptions(mix, efficiency),
+    ]
+    return "\n".join(lines)
+
+
+def _rows(mix: Mix) -> Iterator[str]:
+    yield f"a step: {mix.rows:,.0f} rows, {mix.tokens:,.0f} tokens, {mix.tiles:,.0f} images or tiles"
+    for name, row in (("mean", mix.mean), ("worst", mix.worst)):
+        yield f"  {name} row: {row.length:,} tokens of {len(row.documents)} samples, {row.tiles} images or tiles"
+
+
+def _memory(evaluation: Evaluation) -> Iterator[str]:
+    have = evaluation.cluster.chip.memory_bytes / GIB
+    columns = ("stage", "layers", "row", *MEMORY, "slack", "in all")
+    table: list[tuple[str, ...]] = [columns]
+    for profile in evaluation.profiles:
+        for row in (profile.mean, profile.worst):
+            table.append((str(profile.stage), str(profile.layers), row.name, *_cells(row.memory)))
+    yield f"memory of a GPU in GiB, of {have:.1f}:"
+    yield from aligned(table)
+    yield "it fits" if evaluation.fits else f"it does not fit: {evaluation.misfit}"
+
+
+def _cells(memory: MemoryUse) -> list[str]:
+    held = [getattr(memory, name) / GIB for name in MEMORY]
+    needed = needed_bytes(memory) / GIB
+    return [f"{number:.2f}" for number in (*held, needed - memory.total / GIB, needed)]
+
+
+def _time(run: RunConfig, evaluation: Evaluation) -> Iterator[str]:
+    step = evaluation.step
+    yield f"a step takes {step.seconds:.3g} s:"
+    yield from split_lines(step)
+    yield (
+        f"{evaluation.tokens_per_second:,.0f} tokens/s, {evaluation.images_per_second:,.0f} images/s, "
+        f"MFU {evaluation.mfu:.1%}"
+    )
+    steps = run.train.train_iters
+    hours = evaluation.hours(steps)
+    yield (
+        f"{steps:,} steps: {hours:,.1f} hours ({hours / 24:.1f} days), {hours * evaluation.cluster.gpus:,.0f} "
+        f"GPU-hours; at 100 % of the peak {hours * evaluation.mfu:,.1f} hours"
+    )
+
+
+def _assumptions(mix: Mix, efficiency: Efficiency) -> Iterator[str]:
+    yield "assumed:"
+    for line in mix.assumptions or ("nothing of the data: rows are those of prepared data",):
+        yield f"  {line}"
+    yield f"  allocator's slack {SLACK:.0%} of what is in use"
+    yield f"  {CONTEXT >> 20} MiB for CUDA and its libraries, {COMMUNICATOR >> 20} MiB for each NCCL group"
+    yield "  tokens and pixels of all microbatches of a step wait on the GPU; the input pipeline keeps up"
+    yield (
+        f"  kernels reach {efficiency.matmul:.0%} (products) and {efficiency.attention:.0%} (attention) of the peak, "
+        f"{efficiency.memory:.0%} of the bandwidth; {efficiency.fused:.0%} of elementwise traffic is left by fusion"
+    )
+    yield "  MFU counts products as executed: no weight gradients of frozen parts, causal attention by half"
+
+
+def as_json(run: RunConfig, evaluation: Evaluation, mix: Mix) -> dict[str, Any]:
+    """The same as plain data; bytes, seconds and numbers."""
+    step = evaluation.step
+    hours = evaluation.hours(run.train.train_iters)
+    return {
+        "recipe": run.name,
+        "cluster": evaluation.cluster.name,
+        "gpus": evaluation.cluster.gpus,
+        "layout": evaluation.choice.name,
+        "fits": evaluation.fits,
+        "microbatches": evaluation.microbatches,
+        "memory_of_gpu": evaluation.cluster.chip.memory_bytes,
+        "stages": [
+            {
+                "stage": profile.stage,
+                "layers": profile.layers,
+                "in_flight": profile.in_flight,
+                "parameters": profile.parameters,
+                "trainable": profile.trainable,
+                "mean": _row_data(profile.mean),
+                "worst": _row_data(profile.worst),
+            }
+            for profile in evaluation.profiles
+        ],
+        "step_seconds": step.seconds,
+        "split_seconds": dict(step.split),
+        "bounds": {name: bound._asdict() for name, bound in step.bounds.items()},
+        "rows_per_step": mix.rows,
+        "tokens_per_second": evaluation.tokens_per_second,
+        "images_per_second": evaluation.images_per_second,
+        "mfu": evaluation.mfu,
+        "steps": run.train.train_iters,
+        "hours": hours,
+        "gpu_hours": hours * evaluation.cluster.gpus,
+        "assumptions": list(mix.assumptions),
+    }
+
+
+def _row_data(row: RowProfile) -> dict[str, Any]:
+    memory = {name: getattr(row.memory, name) for name in MEMORY}
+    return {
+        "tokens": row.tokens,
+        "images": row.images,
+        "memory": {**memory, "total": row.memory.total},
+        "activation_per_microbatch": row.activation_per_microbatch,
+    }

@@ -1,0 +1,133 @@
+"""What a trace says beside memory: frozen parts, layers that stand for others, rows like those of the loader."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+from prepared_toys import data_config, prepare_toys, stream
+from toy_data import write_tokenizer
+
+from megavlm.build.loader import build_loader
+from megavlm.build.model import Model
+from megavlm.build.run_config import ChatConfig, RunConfig
+from megavlm.data.tokenizer import Tokenizer
+from megavlm.parallel import groups as process_groups
+from megavlm.plan import trace as tracing
+from megavlm.plan.mix import _prepared_steps
+from megavlm.plan.profile import OpCost
+from megavlm.plan.rows import PlannedDocument, PlannedRow, batch_of
+from megavlm.plan.trace import own_pictures, trace_microbatch, trace_step, traced_rank
+from megavlm.recipes import recipe
+from megavlm.testing import spawn
+from megavlm.tiles import GridConfig, plan_image
+
+
+def infimm(stage: str, **changes: Any) -> tuple[RunConfig, PlannedRow]:
+    run = recipe(f"infimm-tiny/{stage}").replace(**changes)
+    assert run.infimm is not None
+    tower = run.infimm.tower
+    picture = plan_image(64, 64, "image", GridConfig(tile_size=tower.image_size, patch_size=8, tiling="single"))
+    return run, PlannedRow((PlannedDocument(40, (picture,)), PlannedDocument(50, (picture, picture))), 96)
+
+
+def flops(costs: tuple[OpCost, ...]) -> dict[str, float]:
+    """Of products, by part and phase."""
+    found: Counter[str] = Counter()
+    for cost in costs:
+        if cost.kind == "matmul":
+            found[f"{cost.part} {cost.phase}"] += int(cost.flops)
+    return dict(found)
+
+
+def pretraining_and_finetuning() -> list[tuple[dict[str, float], int, tuple[int, ...], int]]:
+    found = []
+    for stage in ("pretrain", "finetune"):
+        run, row = infimm(stage)
+        with traced_rank(run, 1, 0) as rank:
+            step = trace_step(rank)
+            found.append(
+                (flops(trace_microbatch(rank, row, None).costs), step.trainable, tuple(step.static), step.parameters)
+            )
+    return found
+
+
+def test_frozen_parts_cost_no_weight_gradients() -> None:
+    (found,) = spawn(pretraining_and_finetuning, 1, timeout=600)
+    (pretrain, trained, static, _), (finetune, all_trained, all_static, parameters) = found
+    for costs in (pretrain, finetune):
+        assert "tower backward" not in costs
+        assert costs["cross_attention backward"] == 2 * costs["cross_attention forward"]
+        assert costs["tower forward"] == pretrain["tower forward"]
+    # Both products of the decoder's layers are there forward; frozen, backward makes the input's gradient alone.
+    assert pretrain["decoder backward"] == pretrain["decoder forward"]
+    assert finetune["decoder backward"] == 2 * finetune["decoder forward"]
+    # Gradients in float32, and two moments beside the weights, which are float32 themselves: of what learns alone.
+    for (_, gradients, optimizer), learns in ((static, trained), (all_static, all_trained)):
+        assert gradients == pytest.approx(4 * learns, rel=0.01)
+        assert optimizer == pytest.approx(8 * learns, rel=0.01)
+    assert trained < all_trained < parameters
+
+
+def with_and_without_representatives(recompute: dict[str, Any]) -> list[Any]:
+    """A deep model, traced with a layer of each kind, and with all."""
+    run, row = infimm("finetune")
+    run = run.with_changes([("decoder.num_layers", 10), *((f"recompute.{name}", x) for name, x in recompute.items())])
+    found = []
+    for all_layers in (False, True):
+        with traced_rank(run, 1, 0) as rank:
+            unit = tracing._unit
+            tracing._unit = (lambda run: None) if all_layers else unit
+            traced = trace_microbatch(rank, row, None)
+            tracing._unit = unit
+        costs = {(c.part, c.kind, c.phase): (c.flops, c.bytes, c.count) for c in traced.costs}
+        found.append((tuple(traced.memory), costs))
+    return found
+
+
+@pytest.mark.parametrize("recompute", [{}, {"granularity": "full", "num_layers": 2}], ids=["none", "full"])
+def test_a_layer_of_each_kind_stands_for_all(recompute: dict[str, Any]) -> None:
+    ((few, few_costs), (every, all_costs)) = spawn(with_and_without_representatives, 1, recompute, timeout=600)[0]
+    assert few == pytest.approx(every, rel=1e-3)
+    assert few_costs.keys() == all_costs.keys()
+    for name, values in all_costs.items():
+        assert few_costs[name] == pytest.approx(values, rel=2e-3), name
+
+
+def shapes(batch: Any) -> dict[str, Any]:
+    tensors = {f"{number}": tuple(tensor.shape) for number, tensor in enumerate(tracing.tensors_of(batch))}
+    return {**tensors, "documents": batch.cu_seqlens.tolist(), "tiles": batch.media.tiles}
+
+
+def planned_and_loaded(root: Path, tokenizer: Path, name: str) -> list[tuple[dict[str, Any], dict[str, Any]]]:
+    """The rows of the first step, as planned and as the loader makes them."""
+    process_groups.join()
+    chat = ChatConfig()
+    run = recipe(name)
+    data = data_config(root, tokenizer, chat, [stream(("chat", "multi_image", "text"), 12, over_long="cut")])
+    words = Tokenizer(tokenizer)
+    ids = {"image_token_id": words.token_of("<image>")}
+    if run.infimm is not None:
+        run = run.replace(infimm=run.infimm.replace(**ids))
+    elif run.aquila_vl is not None:
+        run = run.replace(aquila_vl=run.aquila_vl.replace(**ids, video_token_id=words.token_of("<video>")))
+    run = run.replace(data=data, train=run.train.replace(train_iters=1))
+    groups = process_groups.start(run.parallel, run.train.seed)
+    model: Model = tracing.build_rank(run, groups).model
+    (rows,) = _prepared_steps(run, data)
+    loaded = build_loader(run, model, groups).step(0)
+    order = build_loader(run, model, groups).planner.rows_dealt(loaded.plan, 0, 1).tolist()
+    planned = [shapes(batch_of(run, rows[number], own_pictures(model))) for number in order]
+    return list(zip(planned, map(shapes, loaded.batches), strict=True))
+
+
+@pytest.mark.parametrize("name", ["infimm-tiny/finetune", "aquila-vl-tiny/2b"])
+def test_planned_rows_have_the_shapes_of_the_loaders(tmp_path: Path, name: str) -> None:
+    tokenizer = write_tokenizer(tmp_path / "tokenizer").folder
+    prepare_toys(tmp_path, Path(tokenizer), ChatConfig(), {"chat": 20, "multi_image": 20, "text": 20})
+    (pairs,) = spawn(planned_and_loaded, 1, tmp_path, Path(tokenizer), name)
+    assert len(pairs) >= 4
+    for planned, loaded in pairs:
+        assert planned == loaded

@@ -1,0 +1,86 @@
+"""The batch scripts on a real Slurm of two nodes: asked to stop they save, wait in the queue, and go on."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from slurm_cluster import Cluster, slurm_cluster, why_not
+
+from megavlm.checkpoint.shelf import latest_step
+from megavlm.data.ledger import check_ledger, order_of_ledger
+
+ROOT = Path(__file__).parents[2]
+STEPS = 20
+SCRIPTS = sorted(path.name for path in (ROOT / "examples" / "slurm").glob("*.sbatch"))
+
+pytestmark = pytest.mark.skipif(why_not() is not None, reason=f"no Slurm here: {why_not()}")
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    with slurm_cluster(tmp_path_factory.mktemp("slurm")) as cluster:
+        yield cluster
+
+
+def submit(cluster: Cluster, script: str, *options: str, log: Path) -> str:
+    """A job on both nodes, one process each, on the machine's CPU; its number."""
+    here = {"MEGAVLM": str(log.parent), "PYTHON": sys.executable, "NPROC": "1", "OMP_NUM_THREADS": "1"}
+    asked = ["--nodes=2", "--gres=none", "--cpus-per-task=1", "--mem=100", f"--output={log}", f"--chdir={log.parent}"]
+    file = str(ROOT / "examples" / "slurm" / script)
+    return cluster.call("sbatch", "--parsable", *asked, file, *options, **here)
+
+
+def wait_for(what: str, cluster: Cluster, log: Path, job: str, seconds: float = 600) -> None:
+    """Until the job is in the state, or its log has the words."""
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        state = cluster.state(job)["JobState"]
+        text = log.read_text() if log.exists() else ""
+        if state == what or what in text:
+            return
+        assert state not in ("FAILED", "TIMEOUT", "CANCELLED", "COMPLETED"), f"{state}\n{text[-3000:]}"
+        time.sleep(0.2)
+    raise AssertionError(f"no {what} within {seconds} s\n{text[-3000:]}\n{cluster.said()}")
+
+
+def hurry(cluster: Cluster, job: str) -> None:
+    """A job that was put back waits for two minutes before it may start again."""
+    cluster.call("scontrol", "update", f"JobId={job}", "StartTime=now")
+
+
+def test_a_job_that_is_asked_to_stop_goes_on_where_it_was(cluster: Cluster, tmp_path: Path) -> None:
+    (tmp_path / "examples").symlink_to(ROOT / "examples")
+    log, save = tmp_path / "job.log", tmp_path / "save"
+    small = ["--train-iters", str(STEPS), "--log-interval", "1", "data.rows.max_tokens=512"]
+    job = submit(cluster, "pretrain_infimm.sbatch", "--tiny", "--save", str(save), *small, log=log)
+    # The first signal reaches the nodes without the script, the second one, as at the end of the time, the script alone.
+    for stops, how in enumerate((["--signal=USR1"], ["--signal=USR1", "--batch"])):
+        done = latest_step(save) or 0
+        wait_for(f"iteration {done + 2:8d}/", cluster, log, job)
+        cluster.call("scancel", *how, job)
+        wait_for("PENDING", cluster, log, job)
+        assert cluster.state(job)["Restarts"] == str(stops + 1)
+        assert done < (latest_step(save) or 0) < STEPS
+        hurry(cluster, job)
+        wait_for("RUNNING", cluster, log, job)
+    wait_for("COMPLETED", cluster, log, job)
+    assert latest_step(save) == STEPS
+    ledger = save / "ledger"
+    report = check_ledger(ledger, order_of_ledger(ledger))
+    assert (report.steps, report.wrong) == (STEPS, [])
+    assert len(list(ledger.glob("rank-*.jsonl"))) == 2
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_a_job_with_a_mistake_fails_once(script: str, cluster: Cluster, tmp_path: Path) -> None:
+    (tmp_path / "examples").symlink_to(ROOT / "examples")
+    log = tmp_path / "job.log"
+    job = submit(cluster, script, "--tiny", "--save-intervall", "3", log=log)
+    wait_for("FAILED", cluster, log, job)
+    state = cluster.state(job)
+    assert (state["ExitCode"], state["Restarts"]) == ("2:0", "0")
+    assert "did you mean --save-interval" in log.read_text()
