@@ -6,20 +6,26 @@ import json
 import os
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
+
+import numpy as np
 
 from megavlm.build.run_config import RunConfig
 from megavlm.errors import ConfigError, LayoutError
 from megavlm.options import parse_options, take_options
 from megavlm.plan.choice import Choice
 from megavlm.plan.cluster import Cluster, parse_cluster
-from megavlm.plan.cost import CALIBRATION, Calibration, Efficiency
+from megavlm.plan.cost import CALIBRATION, Calibration, Efficiency, seconds_of
 from megavlm.plan.evaluation import Evaluation
 from megavlm.plan.judge import judge
 from megavlm.plan.mix import Mix, mix_of
-from megavlm.plan.report import search_report
-from megavlm.plan.search import search
-from megavlm.plan.text import as_json, report
+from megavlm.plan.page import PlanPage, write_page
+from megavlm.plan.report import scale_report, search_report
+from megavlm.plan.scale import ScalePoint, scale
+from megavlm.plan.search import SearchResult, search
+from megavlm.plan.step import drawn_images
+from megavlm.plan.text import as_json, assumptions, report
 from megavlm.recipes import recipe, stages_of
 
 HELP = ("-h", "--help")
@@ -33,6 +39,8 @@ whole model is judged stage by stage, each in its recipe's own layout or the giv
   --cluster 5x8xA100-80GB   machines x GPUs of each x chip, or a YAML file
   --data DIR                rows as the prepared data sets in DIR make them; without: as assumed, which is printed
   --calibration FILE        what kernels reach of each chip, in place of megavlm's own figures
+  --scale                   time and MFU from 8 to 4,096 GPUs as well, and what limits them
+  --html FILE               the plan as a page: memory, timeline, time, layouts
   --json                    plain data"""
 
 LAYOUT_WORDS = ("-model-parallel-", "--num-virtual-stages", "sequence-parallel", "--vision-over", "--recompute-",
@@ -61,8 +69,8 @@ class _Planner:
         mix = mix_of(run, self.data is not None)
         return judge(run, self.cluster, mix, self.efficiency, choice), mix
 
-    def searched(self, run: RunConfig, is_quiet: bool) -> RunConfig:
-        """The run in the fastest layout that fits; in its own where none does."""
+    def searched(self, run: RunConfig, is_quiet: bool) -> tuple[RunConfig, SearchResult]:
+        """The run in the fastest layout that fits, in its own where none does; and what was found."""
         began = time.monotonic()
         found = search(
             run,
@@ -73,7 +81,20 @@ class _Planner:
         )
         if not is_quiet:
             print(search_report(found, run), end="\n\n")
-        return found.best[0].evaluation.choice.apply(run) if found.best else run
+        return (found.best[0].evaluation.choice.apply(run) if found.best else run), found
+
+    def scaled(self, run: RunConfig, known: Sequence[Evaluation], mix: Mix) -> list[ScalePoint]:
+        """The judged layouts on other numbers of GPUs."""
+        chip = self.cluster.chip
+        values, counts = np.unique(mix.tiles_of_rows, return_counts=True)
+        return scale(
+            run,
+            known,
+            seconds_of(chip.bf16_tflops * 1e12, chip.memory_gb_s * 1e9, self.efficiency),
+            images=lambda microbatches, copies: (
+                drawn_images(values, counts, microbatches, copies) if mix.tiles else None
+            ),
+        )
 
 
 def plan(arguments: list[str]) -> int:
@@ -82,7 +103,7 @@ def plan(arguments: list[str]) -> int:
         print(USAGE)
         return 0
     name, *rest = arguments
-    own, options = take_options(rest, ["--cluster"], ["--data", "--calibration"], flags=["--json"])
+    own, options = take_options(rest, ["--cluster"], ["--data", "--calibration", "--html"], flags=["--json", "--scale"])
     os.environ["CUDA_VISIBLE_DEVICES"] = ""  # a trace has no data, and needs the same operations on every machine
     cluster = parse_cluster(own["--cluster"])
     efficiency = Calibration.load(own.get("--calibration", CALIBRATION)).of(cluster.chip.name)
@@ -90,16 +111,36 @@ def plan(arguments: list[str]) -> int:
     stages = [f"{name}/{stage}" for stage in stages_of(name)]
     is_searched = not stages and not any(word in option for option in options for word in LAYOUT_WORDS)
     hours, found, misfits = 0.0, [], []
+    pages: list[PlanPage] = []
     for stage in stages or [recipe(name).name]:
         run = planner.run_of(stage, options)
+        found_layouts = None
         if is_searched:
-            run = planner.searched(run, as_data)
+            run, found_layouts = planner.searched(run, as_data)
         evaluation, mix = planner.judged(run)
         hours += evaluation.hours(run.train.train_iters)
         found.append(as_json(run, evaluation, mix))
         misfits += [] if evaluation.fits else [(stage, evaluation.misfit)]
         if not as_data:
             print(report(run, evaluation, mix, efficiency), end="\n\n", flush=True)
+        points: list[ScalePoint] = []
+        if "--scale" in own:
+            judged = [one.evaluation for one in found_layouts.best] if found_layouts else []
+            points = planner.scaled(run, judged or [evaluation], mix)
+            if not as_data:
+                print(scale_report(points), end="\n\n", flush=True)
+        pages.append(
+            PlanPage(
+                name=stage,
+                evaluation=evaluation,
+                steps=run.train.train_iters,
+                search=found_layouts,
+                scale=points,
+                assumptions=assumptions(mix, efficiency),
+            )
+        )
+    if "--html" in own:
+        print(write_page(pages, own["--html"]), file=sys.stderr)
     if as_data:
         print(json.dumps(found, indent=1))
     elif stages:

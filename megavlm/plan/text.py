@@ -30,7 +30,8 @@ def report(run: RunConfig, evaluation: Evaluation, mix: Mix, efficiency: Efficie
         "",
         *_time(run, evaluation),
         "",
-        *_assumptions(mix, efficiency),
+        "assumed:",
+        *(f"  {line}" for line in assumptions(mix, efficiency)),
     ]
     return "\n".join(lines)
 
@@ -75,18 +76,17 @@ def _time(run: RunConfig, evaluation: Evaluation) -> Iterator[str]:
     )
 
 
-def _assumptions(mix: Mix, efficiency: Efficiency) -> Iterator[str]:
-    yield "assumed:"
-    for line in mix.assumptions or ("nothing of the data: rows are those of prepared data",):
-        yield f"  {line}"
-    yield f"  allocator's slack {SLACK:.0%} of what is in use"
-    yield f"  {CONTEXT >> 20} MiB for CUDA and its libraries, {COMMUNICATOR >> 20} MiB for each NCCL group"
-    yield "  tokens and pixels of all microbatches of a step wait on the GPU; the input pipeline keeps up"
-    yield (
-        f"  kernels reach {efficiency.matmul:.0%} (products) and {efficiency.attention:.0%} (attention) of the peak, "
-        f"{efficiency.memory:.0%} of the bandwidth; {efficiency.fused:.0%} of elementwise traffic is left by fusion"
-    )
-    yield "  MFU counts products as executed: no weight gradients of frozen parts, causal attention by half"
+def assumptions(mix: Mix, efficiency: Efficiency) -> list[str]:
+    """What a plan takes for granted, a sentence each."""
+    return [
+        *(mix.assumptions or ("nothing of the data: rows are those of prepared data",)),
+        f"allocator's slack {SLACK:.0%} of what is in use",
+        f"{CONTEXT >> 20} MiB for CUDA and its libraries, {COMMUNICATOR >> 20} MiB for each NCCL group",
+        "tokens and pixels of all microbatches of a step wait on the GPU; the input pipeline keeps up",
+        f"kernels reach {efficiency.matmul:.0%} (products) and {efficiency.attention:.0%} (attention) of the peak, "
+        f"{efficiency.memory:.0%} of the bandwidth; {efficiency.fused:.0%} of elementwise traffic is left by fusion",
+        "MFU counts products as executed: no weight gradients of frozen parts, causal attention by half",
+    ]
 
 
 def as_json(run: RunConfig, evaluation: Evaluation, mix: Mix) -> dict[str, Any]:

@@ -79,7 +79,7 @@ def decoder_tiny_qwen2() -> RunConfig:
     )
 
 
-ROW = 1024
+ROW = 2048
 DECODER = DecoderConfig(
     num_layers=4,
     hidden_size=128,
@@ -122,7 +122,7 @@ def infimm_tiny_pretrain() -> RunConfig:
     """A toy InfiMM on toy captions and documents: resampler, gated blocks and the two new tokens learn."""
     pairs = _stream(16, {"toy-pairs": 1}, name="pairs", tokens_per_sample=128)
     documents = _stream(4, {"toy-documents": 1}, name="documents", tokens_per_sample=512)
-    return _infimm("pretrain", infimm.llama2_pretrain(), 200, 2e-3, pairs, documents)
+    return _infimm("pretrain", infimm.llama2_pretrain(), 400, 2e-3, pairs, documents)
 
 
 def infimm_tiny_multitask() -> RunConfig:
@@ -135,7 +135,7 @@ def infimm_tiny_finetune() -> RunConfig:
     """A toy InfiMM on toy conversations about one picture, several and none: all but the tower learns."""
     sources = {"toy-chat": 6, "toy-multi_image": 1, "toy-text": 1}
     conversations = _stream(16, sources, name="conversations", tokens_per_sample=512)
-    return _infimm("finetune", infimm.llama2_finetune(), 150, 5e-4, conversations)
+    return _infimm("finetune", infimm.llama2_finetune(), 200, 1e-3, conversations)
 
 
 def _infimm(stage: str, real: RunConfig, steps: int, lr: float, *streams: StreamConfig) -> RunConfig:

@@ -66,8 +66,9 @@ def train_stage(
     """One stage on two processes, from one Hugging Face folder to the next; its (iteration, loss)."""
     torchrun = [str(Path(sys.executable).parent / "torchrun"), "--standalone", "--nproc-per-node", "2"]
     train = ["-m", "megavlm", "train", stage, "--tensor-model-parallel-size", "2", "--seed", str(seed)]
+    scale = ["--params-dtype", "bfloat16", "data.rows.rows_multiple=1"]
     folders = ["--load-hf", str(start), "--data-path", str(data), "--export-hf", str(out)]
-    command, said = [*torchrun, *train, *folders, *options], []
+    command, said = [*torchrun, *train, *scale, *folders, *options], []
     with subprocess.Popen(command, env=_environment(), stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         for line in process.stdout:

@@ -40,7 +40,7 @@ TEMPLATES: dict[str, tuple[ChatConfig, ...]] = {
 
 def toy_world(seed: int) -> ToyWorld:
     """The pictures of a run with this seed."""
-    return ToyWorld(seed=seed, kinds=KINDS, questions=6)
+    return ToyWorld(seed=seed, kinds=KINDS, questions=10)
 
 
 def prepare_toy_data(
@@ -54,13 +54,15 @@ def prepare_toy_data(
 ) -> None:
     """The data sets toy-pairs, toy-documents, toy-chat, toy-multi_image and toy-text, counted for a family's stages.
 
-    A data set that is there already is left as it is.
+    A data set that is there already is left as it is; small ones are made before worker processes would be up.
     """
     read = Tokenizer(tokenizer)
     for kind, count in samples.items():
         out = folder / f"toy-{kind}"
         chunks = [_Chunk(kind, first, min(1000, count - first), toy_world(seed)) for first in range(0, count, 1000)]
-        report = write_shards(chunks, out, plan={"seed": seed, "samples": count}, workers=workers)
+        report = write_shards(
+            chunks, out, plan={"seed": seed, "samples": count}, workers=workers if count > 3000 else 0
+        )
         captions, conversations = TEMPLATES[family]
         words = Words(read, captions if kind in ("pairs", "documents") else conversations)
         counted = add_token_counts(out, words.count, words.name, words.hash)

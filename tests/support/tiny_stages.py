@@ -41,7 +41,7 @@ def prepare_stages(root: Path) -> Path:
 
 
 def tiny_stage(name: str, root: Path, degrees: dict[str, Any]) -> RunConfig:
-    """A stage of a tiny recipe, with the tokenizer's tags and short rows."""
+    """A stage of a tiny recipe, with this tokenizer, and learning from its first step on."""
     run, tokenizer = recipe(name), Tokenizer(str(root / "tokenizer"))
     assert run.data is not None
     image, video = tokenizer.token_of("<image>"), tokenizer.token_of("<video>")
@@ -60,6 +60,7 @@ def tiny_stage(name: str, root: Path, degrees: dict[str, Any]) -> RunConfig:
     )
     return run.replace(
         data=data,
+        decoder=run.decoder.replace(vocab_size=512),
         parallel=ParallelConfig(**degrees),
         optimizer=run.optimizer.replace(lr_warmup_iters=0, lr_warmup_fraction=None),
         **tags,
