@@ -167,14 +167,16 @@ def _features_waiting(run: RunConfig, row: PlannedRow, stage: int, microbatches:
 
 
 def _messages_held(stage: int, stages: int, chunks: int, microbatches: int) -> int:
-    """Tensors between stages that live beside the microbatches they belong to.
+    """Tensors between stages that live beside the microbatches they belong to, as counted on real ranks.
 
-    Interleaved, one arrives in each direction while another is computed with; else the gradient that was sent last is
-    held until the next one is there.
+    Interleaved, they are received and sent while another chunk is computed with, behind the first stage in both
+    directions at once; else the gradient that was sent last is held until the next one is there.
     """
     if stages == 1 or microbatches == 1:
         return 0
-    return 2 if chunks > 1 else int(stage > 0)
+    if chunks == 1:
+        return int(stage > 0)
+    return 4 if stage > 0 else 2
 
 
 def _together(costs: Sequence[OpCost]) -> tuple[OpCost, ...]:
