@@ -57,7 +57,10 @@ def row_of(run: RunConfig) -> PlannedRow:
 
 
 def real(name: str, degrees: dict[str, Any]) -> tuple[int, bool, tuple[int, ...], int]:
-    """(stage, whether it is the first of its tensor- and data-parallel ranks, bytes that stay, peak of the second step) of this rank of a real run."""
+    """Of this rank of a real run.
+
+    (stage, whether it is the first of its tensor- and data-parallel ranks, bytes that stay, peak of the second step)
+    """
     process_groups.join()
     run = run_of(name, degrees)
     groups = process_groups.start(run.parallel, run.train.seed)
