@@ -16,6 +16,10 @@ script=$folder/$(basename "$0")
 if [[ -z ${PYTHON:-} ]]; then
     PYTHON=$(dirname "$(command -v torchrun || echo "$folder/../.venv/bin/torchrun")")/python
 fi
+if ! command -v "$PYTHON" >/dev/null; then
+    echo "megavlm: error: there is no $PYTHON; run \`make setup\`, activate its environment, or set PYTHON" >&2
+    exit 2
+fi
 gpus=$(nvidia-smi --list-gpus 2>/dev/null | grep -c '^GPU' || true)
 
 # Keeps the folder one stands in, and that of the script, off Python's path.

@@ -14,10 +14,12 @@ from pathlib import Path
 from megavlm import commands
 from megavlm.build.data_check import refuse_absent
 from megavlm.build.from_checkpoint import run_from_checkpoint
+from megavlm.build.run_config import RunConfig
 from megavlm.checkpoint.shelf import steps_saved
 from megavlm.config import nearest
+from megavlm.curriculum.options import chosen_stages, parse_stage_options
 from megavlm.errors import ConfigError, MegavlmError
-from megavlm.options import take_options
+from megavlm.options import parse_options, take_options
 from megavlm.parallel.groups import world_from_environment
 from megavlm.platform import machine
 from megavlm.recipes import recipe, stages_of
@@ -64,11 +66,14 @@ def train_command(family: str, stage: str | None, arguments: Sequence[str], is_f
     own, words = take_options(arguments, [], ["--model"], flags=["--tiny"])
     model = _model(FAMILIES[family], own)
     name = f"{model}/{stage}" if stage else model
+    runs = _parsed(name, words)  # mistakes are refused before toys are made
     command = ["--save", str(RUNS / name), *(_SAVING_OF_TOYS if "--tiny" in own else _SAVING)]
     if "--tiny" in own:
         command += make_toys(family, RUNS / "tiny" / family, _value(words, "--data-path"), is_first)
     else:
-        _refuse_absent(name, words)
+        # Before weights are asked for: data are what takes longest to get.
+        for data in (run.data for run in runs if run.data is not None):
+            refuse_absent(data)
     if not _names_weights(words):
         before = _checkpoint_before(model, stage)
         if before is not None:
@@ -94,13 +99,13 @@ def _model(family: Family, own: Mapping[str, str]) -> str:
     return family.models[asked]
 
 
-def _refuse_absent(name: str, words: Sequence[str]) -> None:
-    """Before weights are asked for: data are what takes longest to get."""
-    runs = {stage: recipe(f"{name}/{stage}") for stage in stages_of(name)} or {name: recipe(name)}
-    asked = _value(words, "--data-path")
-    for data in (run.data for run in runs.values()):
-        if data is not None:
-            refuse_absent(data if asked is None else data.replace(path=asked))
+def _parsed(name: str, words: Sequence[str]) -> list[RunConfig]:
+    """The runs that the user's own words make of the recipe, or of each of its chosen stages."""
+    if not stages_of(name):
+        return [parse_options(recipe(name), words)]
+    own, rest = take_options(words, [], ["--stages"])
+    runs = parse_stage_options({stage: recipe(f"{name}/{stage}") for stage in stages_of(name)}, rest, "megavlm train")
+    return [runs[stage] for stage in chosen_stages(own.get("--stages"), list(runs))]
 
 
 def _checkpoint_before(model: str, stage: str | None) -> Path | None:

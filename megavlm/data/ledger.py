@@ -47,13 +47,20 @@ def _word(name: str) -> int:
 class LedgerWriter:
     """One data-parallel rank's file; a line a step, written before the step is trained on."""
 
-    def __init__(self, folder: str | Path, rank: int, settings: dict[str, Any], first_step: int) -> None:
-        """Lines of steps from `first_step` on, of a run that went further before it was stopped, are set aside."""
+    def __init__(
+        self, folder: str | Path, rank: int, settings: dict[str, Any], first_step: int, ranks: int = 1
+    ) -> None:
+        """Lines of steps from `first_step` on, of a run that went further before it was stopped, are set aside.
+
+        Also those of ranks that there are no more: each of the `ranks` looks after some.
+        """
         self.folder, self.rank = Path(folder), rank
         self.folder.mkdir(parents=True, exist_ok=True)
         if rank == 0:
             self._check_settings(settings)
-        set_aside(self.folder, rank, first_step)
+        for number, path in _ranks(self.folder).items():
+            if number % ranks == rank:
+                set_aside(path, first_step)
         self._names_all = bool(settings["data"].get("full_ledger"))
         self._file = (self.folder / _name(rank)).open("a", encoding="utf-8")
 
@@ -100,11 +107,8 @@ def _what_orders(settings: dict[str, Any]) -> tuple[Any, Any]:
     return settings["data"]["streams"], settings["seed"]
 
 
-def set_aside(folder: Path, rank: int, first_step: int) -> None:
+def set_aside(path: Path, first_step: int) -> None:
     """Move a rank's lines from a step on, or a broken last one, into a file of their own."""
-    path = folder / _name(rank)
-    if not path.exists():
-        return
     kept: list[str] = []
     moved: list[str] = []
     for text in path.read_text(encoding="utf-8").splitlines(keepends=True):
@@ -112,8 +116,8 @@ def set_aside(folder: Path, rank: int, first_step: int) -> None:
         (kept if line is not None and line["step"] < first_step else moved).append(text)
     if not moved:
         return
-    number = len(list(folder.glob(f"{ASIDE}-*")))
-    (folder / f"{ASIDE}-{number:04d}-{_name(rank)}").write_text("".join(moved), encoding="utf-8")
+    number = len(list(path.parent.glob(f"{ASIDE}-*")))
+    (path.parent / f"{ASIDE}-{number:04d}-{path.name}").write_text("".join(moved), encoding="utf-8")
     with atomic_file(path) as file:
         file.write("".join(kept).encode())
 
@@ -129,6 +133,11 @@ def _parsed(text: str) -> dict[str, Any] | None:
 
 def _name(rank: int) -> str:
     return f"rank-{rank:05d}.jsonl"
+
+
+def _ranks(folder: Path) -> dict[int, Path]:
+    """The files of all ranks that the run ever had."""
+    return {int(path.stem.removeprefix("rank-")): path for path in sorted(folder.glob("rank-[0-9]*.jsonl"))}
 
 
 @dataclass(frozen=True)
@@ -169,7 +178,7 @@ def check_ledger(folder: str | Path, order: StepOrder) -> LedgerReport:
     names = [source.name for source in order.sources]
     found: dict[int, list[dict[str, Any]]] = {}
     wrong = []
-    for path in sorted(folder.glob("rank-*.jsonl")):
+    for path in _ranks(folder).values():
         for number, text in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
             line = _parsed(text)
             if line is None:

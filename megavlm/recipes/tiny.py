@@ -17,7 +17,7 @@ has no bases yet: expect that a run goes through, no more.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from megavlm.build.run_config import (
@@ -194,7 +194,7 @@ def _warmup_share(real: RunConfig) -> float:
 
 def _stream(
     samples: int,
-    weights: dict[str, float],
+    weights: Mapping[str, float],
     *,
     name: str,
     tokens_per_sample: int | None = None,

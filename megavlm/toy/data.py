@@ -33,7 +33,7 @@ SAMPLES: dict[SampleKind, int] = {
 """Samples of each data set."""
 TEMPLATES: dict[str, tuple[ChatConfig, ...]] = {
     "infimm": (ChatConfig(template="plain"), ChatConfig(template="vicuna")),
-    "aquila-vl": (ChatConfig(template="plain", caption_end="\n"), ChatConfig(template="chatml")),
+    "aquila-vl": (ChatConfig(template="chatml"), ChatConfig(template="chatml")),
 }
 """Formats of each family's stages: captions first, then conversations."""
 

@@ -68,7 +68,7 @@ def _make_tower(folder: Path, shorter: int) -> dict[str, dict[str, Any]]:
 def tower_facts(tower: EvaTower, heads: Heads) -> dict[str, dict[str, Any]]:
     """What the manifest says of a tower and of what is read off it."""
     pictures = {split: labelled(seen_pictures(split, 0, HELD_OUT, SIGHTS)) for split in SPLITS}
-    found = {split: tower_accuracy(tower, heads, seen) for split, seen in pictures.items()}
+    found: dict[str, dict[str, float]] = {split: tower_accuracy(tower, heads, pictures[split]) for split in SPLITS}
     taught = "labels of every patch of toy pictures, counts of whole pictures"
     read = "the tower's linear readings of a patch's row and column, from which the resampler's first attention is made"
     return {EVA_FILE: {"taught": taught, "accuracy": _rounded(found)}, PLACES_FILE: {"read off": read}}

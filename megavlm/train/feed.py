@@ -112,7 +112,7 @@ def _prepared(
     writer = None
     if ledger is not None and groups.is_last_stage and groups.tensor_rank == 0:
         settings = {"data": data.to_dict(), "seed": run.train.seed}
-        writer = LedgerWriter(ledger, groups.data_rank, settings, done)
+        writer = LedgerWriter(ledger, groups.data_rank, settings, done, groups.data_size)
     damaged = samples = 0
     for found in loader.steps(done, run.train.train_iters):
         settled = settle(found, groups, weights, names)

@@ -21,7 +21,7 @@ BATCH = sorted(EXAMPLES.glob("slurm/*"))
 
 def test_there_are_scripts_for_every_stage() -> None:
     stages = ["finetune_infimm", "multitask_infimm", "pretrain_infimm", "train_aquila_vl"]
-    assert SCRIPTS == [f"{stage}.sh" for stage in stages]
+    assert [f"{stage}.sh" for stage in stages] == SCRIPTS
     assert [path.name for path in BATCH] == sorted([*(f"{stage}.sbatch" for stage in stages), "job.sh"])
 
 

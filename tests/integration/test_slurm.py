@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
 import time
 from collections.abc import Iterator
@@ -52,12 +53,31 @@ def hurry(cluster: Cluster, job: str) -> None:
     cluster.call("scontrol", "update", f"JobId={job}", "StartTime=now")
 
 
-def test_a_job_that_is_asked_to_stop_goes_on_where_it_was(cluster: Cluster, tmp_path: Path) -> None:
-    (tmp_path / "examples").symlink_to(ROOT / "examples")
+SLOWLY = """
+import time
+from megavlm.checkpoint import manager
+quickly = manager.write_shards
+def slowly(*arguments):
+    time.sleep({seconds})
+    return quickly(*arguments)
+manager.write_shards = slowly
+"""
+
+
+def examples_that_save_slowly(folder: Path, seconds: int) -> None:
+    """A copy of the scripts whose checkpoints take so long to write."""
+    shutil.copytree(ROOT / "examples", folder / "examples")
+    script = folder / "examples" / "pretrain_infimm.sh"
+    script.write_text(script.read_text().replace("import sys\n", f"import sys\n{SLOWLY.format(seconds=seconds)}"))
+
+
+@pytest.mark.parametrize("seconds", [3, pytest.param(60, marks=pytest.mark.full)])
+def test_a_job_that_is_asked_to_stop_goes_on_where_it_was(seconds: int, cluster: Cluster, tmp_path: Path) -> None:
+    examples_that_save_slowly(tmp_path, seconds)
     log, save = tmp_path / "job.log", tmp_path / "save"
     small = ["--train-iters", str(STEPS), "--log-interval", "1", "data.rows.max_tokens=512"]
     job = submit(cluster, "pretrain_infimm.sbatch", "--tiny", "--save", str(save), *small, log=log)
-    # The first signal reaches the nodes without the script, the second one, as at the end of the time, the script alone.
+    # The first signal reaches the nodes, the second one, as ahead of the end of the time, the script alone.
     for stops, how in enumerate((["--signal=USR1"], ["--signal=USR1", "--batch"])):
         done = latest_step(save) or 0
         wait_for(f"iteration {done + 2:8d}/", cluster, log, job)
@@ -70,17 +90,22 @@ def test_a_job_that_is_asked_to_stop_goes_on_where_it_was(cluster: Cluster, tmp_
     wait_for("COMPLETED", cluster, log, job)
     assert latest_step(save) == STEPS
     ledger = save / "ledger"
-    report = check_ledger(ledger, order_of_ledger(ledger))
+    report = check_ledger(ledger, order_of_ledger(ledger, str(tmp_path / "runs" / "tiny" / "infimm" / "data")))
     assert (report.steps, report.wrong) == (STEPS, [])
     assert len(list(ledger.glob("rank-*.jsonl"))) == 2
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
-def test_a_job_with_a_mistake_fails_once(script: str, cluster: Cluster, tmp_path: Path) -> None:
+def test_a_job_with_a_mistake_fails_once(cluster: Cluster, tmp_path: Path) -> None:
     (tmp_path / "examples").symlink_to(ROOT / "examples")
     log = tmp_path / "job.log"
-    job = submit(cluster, script, "--tiny", "--save-intervall", "3", log=log)
+    job = submit(cluster, "train_aquila_vl.sbatch", "--tiny", "--save-intervall", "3", log=log)
     wait_for("FAILED", cluster, log, job)
     state = cluster.state(job)
     assert (state["ExitCode"], state["Restarts"]) == ("2:0", "0")
     assert "did you mean --save-interval" in log.read_text()
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_slurm_takes_every_script(script: str, cluster: Cluster) -> None:
+    asked = ["--nodes=2", "--gres=none", "--cpus-per-task=1"]
+    cluster.call("sbatch", "--test-only", *asked, str(ROOT / "examples" / "slurm" / script))

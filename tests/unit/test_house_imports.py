@@ -69,7 +69,10 @@ standard library and the packages in EVERYWHERE. A missing room (cli, bench) may
 
 EVERYWHERE = ("torch", "numpy")
 EXPORTED_FILES = "megavlm.export.infimm_files"
-FREE_ROOMS = ("cli", "commands", "data_commands", "plan_commands", "bench", "__main__")
+FREE_ROOMS = (
+    *("cli", "commands", "data_commands", "plan_commands", "bench", "__main__"),
+    *("scripts", "example_runs", "toys", "torchrun"),  # behind the launch scripts of examples/
+)
 EXTRA_PACKAGES = {
     "megavlm.infer.record": ("transformers", "safetensors"),
     "megavlm.platform.cpu": ("megatron.core",),

@@ -8,6 +8,7 @@ from pathlib import Path
 from PIL import Image
 
 from megavlm.data.toy_world.questions import Question
+from megavlm.data.toy_world.world import PictureKind
 from megavlm.log import IterationStats, iteration_line
 from megavlm.toy.quiz import Asked, Score
 from megavlm.toy.show import curve, losses_in, picture_sheet, score_table, some_of_each
@@ -39,7 +40,7 @@ def test_losses_are_read_from_the_lines_of_a_run() -> None:
 
 
 def test_the_table_has_a_line_for_each_kind_and_their_mean() -> None:
-    scores = {
+    scores: dict[PictureKind, Score] = {
         "colour": Score(chance=0.2, without=0.1, shuffled=0.15, unseen_pictures=1.0, unseen_combinations=0.8),
         "count": Score(chance=0.4, without=0.3, shuffled=0.25, unseen_pictures=0.6, unseen_combinations=0.4),
     }
