@@ -49,7 +49,8 @@ def wait_for(what: str, cluster: Cluster, log: Path, job: str, seconds: float = 
 
 
 def hurry(cluster: Cluster, job: str) -> None:
-    """A job that was put back waits for two minutes before it may start again."""
+    """A job that was put back waits for two minutes; started in the second of its end it would be taken for dead."""
+    time.sleep(2.5)
     cluster.call("scontrol", "update", f"JobId={job}", "StartTime=now")
 
 
