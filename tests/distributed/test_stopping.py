@@ -70,7 +70,8 @@ def send_at(moment: str, number: int, times: int) -> None:
     elif moment == "evaluation":
         evaluation.forward_loss = sending(evaluation.forward_loss)
     else:
-        loop.build_callbacks = lambda run, groups: [AtStep()]
+        usual = loop.build_callbacks
+        loop.build_callbacks = lambda run, groups: [*usual(run, groups), AtStep()]
 
 
 @pytest.fixture(scope="module")

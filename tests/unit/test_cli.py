@@ -54,9 +54,8 @@ def test_unknown_command_names_the_nearest() -> None:
 
 def test_command_like_no_other_lists_all(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["xyz"]) == 2
-    assert (
-        "use one of recipes, train, data, import-hf, export-hf, verify-hf, generate, doctor" in capsys.readouterr().err
-    )
+    commands = "recipes, plan, train, data, import-hf, export-hf, verify-hf, generate, doctor"
+    assert f"use one of {commands}" in capsys.readouterr().err
 
 
 def test_interrupt_and_error_become_exit_codes(
