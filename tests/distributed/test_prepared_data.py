@@ -156,7 +156,10 @@ def alone(world: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, An
     return found
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(
+    "layout",
+    [pytest.param(name, marks=[pytest.mark.full] if name in ("DP=4", "DP=2 x PP=2") else []) for name in LAYOUTS],
+)
 @pytest.mark.parametrize("family", RUNS)
 def test_steps_and_ledger_are_alike(
     family: str, layout: str, world: Path, alone: dict[str, Any], tmp_path: Path

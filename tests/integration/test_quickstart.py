@@ -11,6 +11,7 @@ from megavlm.data.toy_world.world import SAMPLE_KINDS
 from megavlm.toy.course import run_course
 
 
+@pytest.mark.full  # minutes; its parts have tests of their own
 def test_a_course_goes_through_all_stages_and_asks_the_exported_model(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
