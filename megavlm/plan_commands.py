@@ -20,7 +20,7 @@ from megavlm.plan.cost import CALIBRATION, Calibration, Efficiency, seconds_of
 from megavlm.plan.evaluation import Evaluation
 from megavlm.plan.judge import judge
 from megavlm.plan.mix import Mix, mix_of
-from megavlm.plan.page import PlanPage, write_page
+from megavlm.plan.page import PlanPage, check_page_place, write_page
 from megavlm.plan.report import scale_report, search_report
 from megavlm.plan.scale import ScalePoint, scale
 from megavlm.plan.search import SearchResult, search
@@ -106,6 +106,8 @@ def plan(arguments: list[str]) -> int:
     own, options = take_options(rest, ["--cluster"], ["--data", "--calibration", "--html"], flags=["--json", "--scale"])
     os.environ["CUDA_VISIBLE_DEVICES"] = ""  # a trace has no data, and needs the same operations on every machine
     cluster = parse_cluster(own["--cluster"])
+    if "--html" in own:
+        check_page_place(own["--html"])  # before minutes are spent on what it is to show
     efficiency = Calibration.load(own.get("--calibration", CALIBRATION)).of(cluster.chip.name)
     planner, as_data = _Planner(cluster, efficiency, own.get("--data")), "--json" in own
     stages = [f"{name}/{stage}" for stage in stages_of(name)]
@@ -147,7 +149,8 @@ def plan(arguments: list[str]) -> int:
         print(
             f"{name}: {hours:,.1f} hours ({hours / 24:.1f} days), {hours * cluster.gpus:,.0f} GPU-hours in all stages"
         )
-    for stage, misfit in misfits:
+    if misfits:
+        stage, misfit = misfits[0]
         remedy = "use more tensor or pipeline parallelism, --recompute-granularity full, or shorter rows"
         raise LayoutError(f"{stage} on --cluster", cluster.name, misfit, remedy)
     return 0

@@ -50,13 +50,18 @@ class PlanPage:
     assumptions: Sequence[str] = ()
 
 
-def write_page(plans: Sequence[PlanPage], html: str) -> str:
-    """Write the page; what was written, in words."""
+def check_page_place(html: str) -> None:
+    """Refuse a file that no page can be written to."""
     path = Path(html)
     if not html or path.is_dir() or not path.absolute().parent.is_dir():
         raise ConfigError("--html", html, "cannot be written", "name a file in a folder that exists")
+
+
+def write_page(plans: Sequence[PlanPage], html: str) -> str:
+    """Write the page; what was written, in words."""
+    check_page_place(html)
     page = page_of(plans).encode("utf-8", "replace")
-    with atomic_file(path) as file:
+    with atomic_file(Path(html)) as file:
         file.write(page)
     return f"the plan as a page: {html} ({len(page):,} bytes)"
 

@@ -52,8 +52,11 @@ def test_a_run_that_does_not_fit_says_by_how_much(tmp_path: Path) -> None:
     inside = "inside: {gb_s: 300, latency_us: 3, small_latency_us: 1}"
     between = "between: {gb_s: 25, latency_us: 9, small_latency_us: 3}"
     cluster.write_text(f"nodes: 1\ngpus_per_node: 1\nchip: {chip}\n{inside}\n{between}\n")
-    code, out, err = plan("decoder-tiny", "--cluster", str(cluster), "--micro-batch-size", "4")
+    page = tmp_path / "plan.html"
+    more = ("--micro-batch-size", "4", "--scale", "--html", str(page))
+    code, out, err = plan("decoder-tiny", "--cluster", str(cluster), *more)
     assert code == 2
+    assert "the same global batch on more GPUs" in out and "decoder-tiny" in page.read_text()
     assert "it does not fit" in out and "a step takes" in out
     assert "megavlm: error: decoder-tiny on --cluster" in err and "GiB" in err
 
@@ -72,3 +75,11 @@ def test_it_refuses_what_the_trainer_refuses(options: list[str]) -> None:
     code, out, err = plan("infimm-tiny/finetune", "--cluster", "8xA100-80GB", *options)
     assert code == 2 and out == ""
     assert err.strip() == f"megavlm: error: {refused.value}"
+
+
+def test_a_page_without_a_place_is_refused_before_anything_is_traced(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    place = str(tmp_path / "absent" / "plan.html")
+    assert cli.main(["plan", "decoder-tiny", "--cluster", "1x1xA100-80GB", "--html", place]) == 2
+    assert "--html" in capsys.readouterr().err
