@@ -31,8 +31,6 @@ class Choice:
     """Whether a frozen tower encodes on all stages, ahead of the schedule."""
     micro_batch: int | None = None
     """Rows at once of toy text; none: as the run has it."""
-    row_tokens: int | None = None
-    """Of a packed row at most; none: as the run has it."""
     rows_multiple: int | None = None
     """Rows of a step are a multiple of it; none: as the run has it."""
 
@@ -63,7 +61,6 @@ class Choice:
         changes.append(("recompute.vision_tower", self.recompute != "none" and "tower" in run.trainable))
         for path, value in (
             ("train.micro_batch_size", self.micro_batch),
-            ("data.rows.max_tokens", self.row_tokens),
             ("data.rows.rows_multiple", self.rows_multiple),
         ):
             if value is not None:
@@ -95,8 +92,6 @@ class Choice:
             parts.append("tower on all stages")
         if self.micro_batch is not None:
             parts.append(f"micro-batch {self.micro_batch}")
-        if self.row_tokens is not None:
-            parts.append(f"rows of {self.row_tokens:,}")
         if self.rows_multiple is not None:
             parts.append(f"rows by {self.rows_multiple}")
         return ", ".join(parts)

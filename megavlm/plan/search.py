@@ -207,7 +207,7 @@ def _guess(run: RunConfig, choice: Choice, cluster: Cluster) -> _Guess:
 def _row_tokens(run: RunConfig, choice: Choice) -> float:
     if run.data is None:
         return run.train.seq_length * (choice.micro_batch or run.train.micro_batch_size)
-    return choice.row_tokens or run.data.rows.max_tokens
+    return run.data.rows.max_tokens
 
 
 def _rows(run: RunConfig) -> float:

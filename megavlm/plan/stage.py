@@ -8,7 +8,8 @@ from dataclasses import replace
 from megavlm.build.model import with_layout
 from megavlm.build.run_config import RunConfig, WeightsConfig
 from megavlm.parallel.layout import layers_of_chunks
-from megavlm.plan.in_flight import most_in_flight, peak_bytes
+from megavlm.plan.in_flight import peak_bytes
+from megavlm.plan.pipeline_program import Shape, in_flight
 from megavlm.plan.profile import MemoryUse, OpCost, RowProfile, StageProfile
 from megavlm.plan.rows import PlannedRow
 from megavlm.plan.trace import ChunkTrace, Rank, StepTrace, trace_microbatch, trace_step, traced_rank
@@ -103,7 +104,7 @@ def _profile(
         stage=stage,
         chunks=virtual,
         layers=sum(counts[stage::stages]),
-        in_flight=most_in_flight(stage, stages, virtual, microbatches),
+        in_flight=in_flight(Shape(stages, virtual, microbatches), stage),
         parameters=step.parameters,
         trainable=step.trainable,
         mean=profiles["mean"],

@@ -10,7 +10,8 @@ import pytest
 from megavlm.errors import ConfigError
 from megavlm.plan.cluster import BOARDS
 from megavlm.plan.cost import CALIBRATION, Calibration, Efficiency, seconds_of
-from megavlm.plan.in_flight import ChunkMemory, most_in_flight, peak_bytes
+from megavlm.plan.in_flight import ChunkMemory, peak_bytes
+from megavlm.plan.pipeline_program import Shape, in_flight
 from megavlm.plan.profile import OpCost
 
 
@@ -45,7 +46,7 @@ def test_stages_hold_the_microbatches_that_wait_for_their_backward(chunks: int, 
     for stage in range(stages):
         behind = stages - stage - 1
         expected = behind + 1 if chunks == 1 else 2 * behind + (chunks - 1) * stages + 1
-        assert most_in_flight(stage, stages, chunks, microbatches) == expected
+        assert in_flight(Shape(stages, chunks, microbatches), stage) == expected
         one = ChunkMemory(held=10, forward_peak=13, backward_peak=17)
         assert peak_bytes([one] * chunks, stage, stages, microbatches) == 10 * (expected - 1) + 17
 
