@@ -35,7 +35,7 @@ bench: $(STAMP)  ## measure this machine, as one table
 	$(VENV)/bin/python -W ignore tools/bench.py
 
 quickstart: $(STAMP)  ## train the toy model, end to end
-	$(VENV)/bin/python tools/quickstart.py
+	$(VENV)/bin/python tools/quickstart.py $(if $(FAMILY),--family $(FAMILY))
 
 clean:  ## remove .venv and all caches
 	rm -rf $(VENV) *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -21,6 +21,7 @@ from megavlm.toy.show import curve, picture_sheet, score_table, some_of_each
 
 def main() -> int:
     parser = argparse.ArgumentParser(description="Train a toy model from end to end and ask it.")
+    parser.add_argument("--family", choices=["infimm"], default="infimm", help="aquila-vl has no toy bases yet")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path("runs/quickstart"), help="folder, emptied first")
     parser.add_argument("--questions", type=int, default=100, help="of each kind, on either sort of unseen pictures")

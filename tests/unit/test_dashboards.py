@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import struct
 import sys
 import time
@@ -140,7 +139,6 @@ class Failing(Sink):
 
 
 def test_a_dashboard_that_fails_is_given_up_and_training_goes_on(caplog: pytest.LogCaptureFixture) -> None:
-    logging.getLogger("megavlm").propagate = True
     sink, run = Failing(), logging_run()
     metrics = Metrics(run, groups_of_one(), [sink])
     metrics.start(start_of(run))

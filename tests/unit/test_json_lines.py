@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import math
 import resource
 from collections.abc import Iterator
@@ -89,7 +88,6 @@ def largest_file(size: int) -> Iterator[None]:
 
 def test_a_full_disk_is_said_once_and_costs_whole_lines(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     path = tmp_path / "run.jsonl"
-    logging.getLogger("megavlm").propagate = True
     metrics = write_steps(path, 1, 1)
     size = path.stat().st_size
     with largest_file(size + 100):
