@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import itertools
 import json
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -12,8 +15,20 @@ from pathlib import Path
 import pytest
 import torch
 
+from megavlm import cli
 from megavlm.bench import run as bench
-from megavlm.bench.harness import Comparison, DisagreementError, Pass, Side, measure, ratio_of, times_of
+from megavlm.bench.harness import (
+    Comparison,
+    DisagreementError,
+    Measurement,
+    Pass,
+    Side,
+    SkippedError,
+    figure,
+    measure,
+    ratio_of,
+    times_of,
+)
 from megavlm.bench.report import append, machine, table
 from megavlm.build.model import build_model
 from megavlm.model.decoder.model import Decoder
@@ -22,6 +37,9 @@ from megavlm.parallel.wrap import wrap_data_parallel
 from megavlm.recipes import recipe
 from megavlm.testing import spawn
 from megavlm.train.optim import build_optimizer
+
+GPU_ALONE: list[str] = []
+"""Benchmarks that a machine without a GPU skips."""
 
 
 def comparison(ours: list[Pass], theirs: list[Pass], warmup: int = 0, calls: list[str] | None = None) -> Comparison:
@@ -128,17 +146,111 @@ def test_the_machine_is_told_by_its_parts() -> None:
     assert facts["torch"] == torch.__version__
 
 
-def quick_rows(path: str) -> int:
-    return bench.run(quick=True, out=path)
+def test_a_measurement_without_another_side_is_a_row_of_figures(tmp_path: Path) -> None:
+    seconds = figure("seconds of a plan", "s", [3.0, 1.0, 7.0], target=30.0)
+    row = measure(Measurement("made-up", "nothing", lambda: [seconds, figure("memory", "GB", [0.51234])]))
+    *_, header, first, second = table([row], {}).splitlines()
+    assert first.split() == ["made-up", "seconds", "of", "a", "plan", "3.00", "1.00", "-", "7.00", "s", "<=", "30"]
+    assert second.split() == ["memory", "0.51", "0.51", "-", "0.51", "GB"]
+    assert len(header) == len(first)
+    append([row], {"cpu": "a processor"}, tmp_path / "rows.json")
+    assert json.loads((tmp_path / "rows.json").read_text()) == [
+        {
+            "benchmark": "made-up",
+            "case": "nothing",
+            "figures": {
+                "seconds of a plan": {"unit": "s", "median": 3.0, "min": 1.0, "max": 7.0, "target": 30.0},
+                "memory": {"unit": "GB", "median": 0.512, "min": 0.512, "max": 0.512},
+            },
+            "machine": {"cpu": "a processor"},
+        }
+    ]
+
+
+def test_figures_beside_times_are_asked_behind_the_last_round() -> None:
+    calls: list[str] = []
+    two = replace(comparison(passes(0.1, 0.2), passes(0.1, 0.2), calls=calls), target=None)
+    row = measure(replace(two, figures=lambda: [figure("calls", "", [len(calls)])]))
+    assert row.figures[0].median == 4
+    *_, times, theirs, _, _, figures = table([row], {}).splitlines()
+    assert (
+        times.endswith("1.000 - 1.000")
+        and theirs.startswith(" ")
+        and figures.split()[:3]
+        == [
+            "made-up",
+            "calls",
+            "4.00",
+        ]
+    )
+
+
+def test_what_fails_or_is_skipped_leaves_the_rest(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    @contextmanager
+    def right(quick: bool) -> Iterator[Comparison]:
+        yield comparison(passes(0.1), passes(0.1))
+
+    @contextmanager
+    def broken(quick: bool) -> Iterator[Comparison]:
+        raise RuntimeError("out of memory")
+        yield
+
+    @contextmanager
+    def elsewhere(quick: bool) -> Iterator[Comparison]:
+        raise SkippedError("needs a GPU")
+        yield
+
+    monkeypatch.setattr(bench, "BENCHMARKS", {"broken": broken, "elsewhere": elsewhere, "right": right, "big": broken})
+    monkeypatch.setattr(bench, "ON_REQUEST", ("big",))
+    assert bench.run() == 1
+    printed = capsys.readouterr()
+    assert printed.out.startswith("elsewhere: skipped: needs a GPU\n") and "made-up" in printed.out
+    assert "no row: broken: RuntimeError: out of memory\n" in printed.err and "big" not in printed.err
+    assert bench.run(["elsewhere"]) == 0
+
+
+def test_the_command_refuses_what_it_does_not_know(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "notes.json").write_text("{}")
+    for arguments, said in (
+        (["--only", "decoder-stp"], "--only = 'decoder-stp': no such benchmark; did you mean decoder-step?"),
+        (["--only"], "--only = None: has no value"),
+        (["--only", "stalls", "--out", f"{tmp_path}/none/rows.json"], "there is no folder"),
+        (["--out", f"{tmp_path}/notes.json"], "is there and is no list of rows"),
+        (["--fast"], "'--fast': is no option of bench"),
+    ):
+        assert cli.main(["bench", *arguments]) == 2
+        error = capsys.readouterr().err
+        assert said in error and error.count("\n") == 1
+
+
+def test_the_list_says_what_each_benchmark_is(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["bench", "--list"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines] == list(bench.BENCHMARKS)
+    assert lines[1] == "decoder-step    " + (sys.modules["megavlm.bench.decoder_step"].__doc__ or "").splitlines()[0]
+
+
+def quick_rows(path: str) -> tuple[int, str]:
+    said = io.StringIO()
+    with contextlib.redirect_stdout(said):
+        code = bench.run(quick=True, out=path)
+    return code, said.getvalue()
 
 
 def test_each_benchmark_runs(tmp_path: Path) -> None:
-    assert spawn(quick_rows, 1, str(tmp_path / "rows.json")) == [0]
+    ((code, said),) = spawn(quick_rows, 1, str(tmp_path / "rows.json"), timeout=600)
+    assert code == 0
     rows = json.loads((tmp_path / "rows.json").read_text())
-    assert list(dict.fromkeys(row["benchmark"] for row in rows)) == bench._for_this_machine()
+    skipped = [line.partition(":")[0] for line in said.splitlines() if ": skipped: " in line]
+    expected = [name for name in bench.BENCHMARKS if name not in (*bench.ON_REQUEST, *skipped)]
+    assert list(dict.fromkeys(row["benchmark"] for row in rows)) == expected
+    assert skipped == (["adapter"] if torch.cuda.is_available() else GPU_ALONE)
     for row in rows:
-        assert row["ratio"]["median"] > 0
-        assert all(times["min"] > 0 for times in row["times"].values())
+        assert "times" in row or row["figures"]
+        assert all(times["min"] > 0 for times in row.get("times", {}).values())
+        assert row.get("ratio", {"median": 1.0})["median"] > 0
 
 
 # --- what makes the step fast must not change what it computes ---------------------------------------------------
