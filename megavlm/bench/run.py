@@ -13,11 +13,15 @@ import torch
 
 from megavlm.bench.adapter import adapter
 from megavlm.bench.aquila_vl_step import aquila_vl_step
+from megavlm.bench.checkpoint import checkpoint, checkpoint_1b, checkpoint_1b_trained
 from megavlm.bench.data_path import data_path
 from megavlm.bench.decoder_step import decoder_step
 from megavlm.bench.harness import Comparison, Measurement, NoRowError, Row, SkippedError, measure
+from megavlm.bench.kernels import kernels
+from megavlm.bench.plan_time import plan_time
 from megavlm.bench.report import append, check_place, machine, table
 from megavlm.bench.stalls import stalls
+from megavlm.bench.start_up import start_up
 from megavlm.config import nearest
 from megavlm.errors import ConfigError
 
@@ -30,10 +34,16 @@ BENCHMARKS: dict[str, Benchmark] = {
     "aquila-vl-step": aquila_vl_step,
     "data-path": data_path,
     "stalls": stalls,
+    "start-up": start_up,
+    "checkpoint": checkpoint,
+    "checkpoint-1b": checkpoint_1b,
+    "checkpoint-1b-trained": checkpoint_1b_trained,
+    "plan": plan_time,
+    "kernels": kernels,
 }
 """Name -> a function of `quick` (the same path at toy size) that sets up what is measured and clears it away; a
 SkippedError says what this machine lacks."""
-ON_REQUEST: tuple[str, ...] = ()
+ON_REQUEST = ("checkpoint-1b", "checkpoint-1b-trained")
 """Those that run only when they are named: they need more memory or time than a look at a machine should."""
 
 
@@ -60,12 +70,13 @@ def run(names: Sequence[str] = (), quick: bool = False, out: str | Path | None =
 
 
 def listing() -> str:
-    """One line for each benchmark: its module's own first sentence."""
+    """One line for each benchmark: its module's first, or of a larger variant its own."""
     width = max(map(len, BENCHMARKS))
     lines = []
     for name, benchmark in BENCHMARKS.items():
-        about = (sys.modules[benchmark.__module__].__doc__ or "").splitlines()[0]
-        lines.append(f"{name:<{width}}  {about}{' (when named)' if name in ON_REQUEST else ''}")
+        is_variant = name in ON_REQUEST
+        about = benchmark.__doc__ if is_variant else sys.modules[benchmark.__module__].__doc__
+        lines.append(f"{name:<{width}}  {(about or '').splitlines()[0]}{' Only when named.' if is_variant else ''}")
     return "\n".join(lines)
 
 

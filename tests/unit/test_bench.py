@@ -6,6 +6,7 @@ import contextlib
 import io
 import itertools
 import json
+import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,10 +18,13 @@ import torch
 
 from megavlm import cli
 from megavlm.bench import run as bench
+from megavlm.bench.checkpoint import Needs
 from megavlm.bench.harness import (
     Comparison,
     DisagreementError,
+    Figure,
     Measurement,
+    NoRowError,
     Pass,
     Side,
     SkippedError,
@@ -29,6 +33,8 @@ from megavlm.bench.harness import (
     ratio_of,
     times_of,
 )
+from megavlm.bench.kernels import figure_of
+from megavlm.bench.processes import environment, watched
 from megavlm.bench.report import append, machine, table
 from megavlm.build.model import build_model
 from megavlm.model.decoder.model import Decoder
@@ -38,7 +44,7 @@ from megavlm.recipes import recipe
 from megavlm.testing import spawn
 from megavlm.train.optim import build_optimizer
 
-GPU_ALONE: list[str] = []
+GPU_ALONE = ["kernels"]
 """Benchmarks that a machine without a GPU skips."""
 
 
@@ -229,13 +235,14 @@ def test_the_list_says_what_each_benchmark_is(capsys: pytest.CaptureFixture[str]
     assert cli.main(["bench", "--list"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in lines] == list(bench.BENCHMARKS)
-    assert lines[1] == "decoder-step    " + (sys.modules["megavlm.bench.decoder_step"].__doc__ or "").splitlines()[0]
+    about = (sys.modules["megavlm.bench.decoder_step"].__doc__ or "").splitlines()[0]
+    assert re.split(r"\s{2,}", lines[1]) == ["decoder-step", about]
 
 
 def quick_rows(path: str) -> tuple[int, str]:
     said = io.StringIO()
     with contextlib.redirect_stdout(said):
-        code = bench.run(quick=True, out=path)
+        code = bench.run(list(bench.BENCHMARKS), quick=True, out=path)
     return code, said.getvalue()
 
 
@@ -244,13 +251,53 @@ def test_each_benchmark_runs(tmp_path: Path) -> None:
     assert code == 0
     rows = json.loads((tmp_path / "rows.json").read_text())
     skipped = [line.partition(":")[0] for line in said.splitlines() if ": skipped: " in line]
-    expected = [name for name in bench.BENCHMARKS if name not in (*bench.ON_REQUEST, *skipped)]
+    expected = [name for name in bench.BENCHMARKS if name not in skipped]
     assert list(dict.fromkeys(row["benchmark"] for row in rows)) == expected
     assert skipped == (["adapter"] if torch.cuda.is_available() else GPU_ALONE)
     for row in rows:
         assert "times" in row or row["figures"]
         assert all(times["min"] > 0 for times in row.get("times", {}).values())
         assert row.get("ratio", {"median": 1.0})["median"] > 0
+
+
+def test_a_command_is_timed_line_by_line_and_its_memory_is_its_own() -> None:
+    here = bytearray(400_000_000)  # what its parent holds must not count
+    here[::4096] = b"\1" * len(here[::4096])
+    code = (
+        "import time; print('one', flush=True); time.sleep(0.3); x = b'1' * 200_000_000; time.sleep(0.1); print('two')"
+    )
+    done = watched([sys.executable, "-c", code])
+    first, second = done.reached("one")[0], done.reached("two")[0]
+    assert 0 < first < second - 0.3 < done.seconds
+    assert 200_000_000 < done.peak < 300_000_000
+    with pytest.raises(NoRowError, match=r"did not say 'three', but: one\ntwo"):
+        done.reached("three")
+
+
+def test_a_command_that_fails_gives_its_last_words() -> None:
+    with pytest.raises(NoRowError, match=r"exit code 3: half\nno room"):
+        watched([sys.executable, "-c", "import sys; print('half'); print('no room', file=sys.stderr); sys.exit(3)"])
+
+
+def test_ranks_of_torchrun_are_not_handed_down(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "TORCHELASTIC_RUN_ID"):
+        monkeypatch.setenv(name, "1")
+    assert not {"RANK", "WORLD_SIZE", "MASTER_ADDR", "TORCHELASTIC_RUN_ID"} & environment().keys()
+
+
+def test_a_large_checkpoint_needs_memory_and_disk(tmp_path: Path) -> None:
+    Needs(memory=0, disk=0).check(tmp_path)
+    for needs, said in ((Needs(memory=1e6, disk=0), "1e+06 GB of memory"), (Needs(memory=0, disk=1e9), "GB of disk")):
+        with pytest.raises(SkippedError, match=re.escape(said)):
+            needs.check(tmp_path)
+
+
+def test_a_row_of_the_kernels_table_becomes_a_figure() -> None:
+    row = {"op": "tile_pack", "shape": "a shape", "passes": "forward", "ms_p50": "2.0", "ms_p20": "1.5", "ms_p80": "4"}
+    plain = figure_of({**row, "variant": "plain", "speedup_over_plain": "1.00", "share_of_roof": "0.30"})
+    assert plain == Figure("tile_pack, a shape, forward: plain", "ms (p20 - p80)", 2.0, 1.5, 4.0)
+    kernel = figure_of({**row, "variant": "kernel", "speedup_over_plain": "2.50", "share_of_roof": "0.75"})
+    assert kernel.name.endswith(": kernel (2.50 times as fast as plain, 0.75 of the roof)")
 
 
 # --- what makes the step fast must not change what it computes ---------------------------------------------------
