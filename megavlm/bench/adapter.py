@@ -6,7 +6,6 @@ megatron-core: only the adapter differs. Each waits for the word to run one pass
 
 from __future__ import annotations
 
-import multiprocessing
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from multiprocessing.connection import Connection
@@ -14,6 +13,7 @@ from multiprocessing.connection import Connection
 import torch
 
 from megavlm.bench.harness import THREADS, Comparison, Pass, Side, SkippedError, timed
+from megavlm.bench.processes import fresh
 from megavlm.platform import machine
 
 TARGET = 1.03
@@ -55,8 +55,7 @@ def small_operations(repeats: int) -> float:
 @contextmanager
 def _process(with_adapter: bool, repeats: int) -> Iterator[Callable[[], Pass]]:
     """A process of one side; what it gives runs one pass there."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["__main__", "megatron.core.models.gpt"])
+    context = fresh()
     ours, theirs = context.Pipe()
     process = context.Process(target=_serve, args=(theirs, with_adapter, repeats), daemon=True)
     process.start()

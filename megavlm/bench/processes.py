@@ -1,16 +1,20 @@
-"""Commands that a benchmark runs as a user would, and how much memory a process takes."""
+"""Processes that benchmarks start, commands as a user types them or functions in a fresh one, and their memory."""
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import subprocess
 import sys
 import threading
 from dataclasses import dataclass
+from multiprocessing.context import ForkServerContext, SpawnContext
 from pathlib import Path
 from tempfile import TemporaryFile
 from time import perf_counter
 from types import TracebackType
+
+import torch
 
 from megavlm.bench.harness import THREADS, NoRowError
 
@@ -46,9 +50,31 @@ def megavlm_command(*arguments: str) -> list[str]:
 
 def environment() -> dict[str, str]:
     """Ours, without what torchrun tells its ranks, and with the threads of all benchmarks."""
-    kept = {name: value for name, value in os.environ.items() if name not in _OF_RANKS}
-    kept = {name: value for name, value in kept.items() if not name.startswith("TORCHELASTIC_")}
+    kept = {name: value for name, value in os.environ.items() if not _is_of_ranks(name)}
     return {**kept, "PYTHONSAFEPATH": "1", "OMP_NUM_THREADS": str(THREADS)}
+
+
+def be_alone() -> None:
+    """Forget what torchrun told this process: it is one by itself, whoever started it."""
+    for name in [name for name in os.environ if _is_of_ranks(name)]:
+        del os.environ[name]
+
+
+def _is_of_ranks(name: str) -> bool:
+    return name in _OF_RANKS or name.startswith("TORCHELASTIC_")
+
+
+def fresh() -> ForkServerContext | SpawnContext:
+    """Starts processes that share nothing with this one.
+
+    On a CPU they are forked from one that has imported what they need. What has asked for CUDA cannot be forked, and
+    whether an import does is nobody's promise: with a GPU each begins anew.
+    """
+    if torch.cuda.is_available():
+        return multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["__main__", "megavlm.bench.real_aquila_vl", "megavlm.bench.real_infimm"])
+    return context
 
 
 def watched(command: list[str]) -> Done:

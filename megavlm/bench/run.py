@@ -19,6 +19,8 @@ from megavlm.bench.decoder_step import decoder_step
 from megavlm.bench.harness import Comparison, Measurement, NoRowError, Row, SkippedError, measure
 from megavlm.bench.kernels import kernels
 from megavlm.bench.plan_time import plan_time
+from megavlm.bench.real_aquila_vl import real_aquila_vl
+from megavlm.bench.real_infimm import real_infimm
 from megavlm.bench.report import append, check_place, machine, table
 from megavlm.bench.stalls import stalls
 from megavlm.bench.start_up import start_up
@@ -40,6 +42,8 @@ BENCHMARKS: dict[str, Benchmark] = {
     "checkpoint-1b-trained": checkpoint_1b_trained,
     "plan": plan_time,
     "kernels": kernels,
+    "aquila-vl-2b": real_aquila_vl,
+    "infimm-7b": real_infimm,
 }
 """Name -> a function of `quick` (the same path at toy size) that sets up what is measured and clears it away; a
 SkippedError says what this machine lacks."""

@@ -83,7 +83,7 @@ def test_sides_take_turns_and_warm_up_rounds_are_not_timed() -> None:
     assert row.rounds == 2
     assert row.times["ours"].min == pytest.approx(100.0)
     assert row.times["theirs"].p80 == pytest.approx(200.0)
-    assert row.ratio.median == pytest.approx(1.0)
+    assert row.ratio is not None and row.ratio.median == pytest.approx(1.0)
 
 
 def test_times_are_minimum_median_and_p80_in_milliseconds() -> None:
@@ -393,5 +393,5 @@ def test_a_side_beside_is_timed_each_round_and_stays_out_of_the_ratio() -> None:
     two = comparison(passes(9.0, 0.1, 0.3), passes(9.0, 0.2, 0.6), warmup=1, calls=calls)
     floor = iter(passes(9.0, 0.01, 0.03, loss=7.0))
     row = measure(replace(two, beside=Side("floor", lambda: next(floor))))
-    assert row.ratio.median == pytest.approx(0.5)
+    assert row.ratio is not None and row.ratio.median == pytest.approx(0.5)
     assert list(row.times) == ["ours", "theirs", "floor"] and row.times["floor"].min == pytest.approx(10.0)
