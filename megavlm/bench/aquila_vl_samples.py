@@ -30,7 +30,7 @@ class Shapes:
     words: range
     """The tokens that text is drawn from."""
     multiple: int = 1
-    """The text alone is made longer until the tokens of all samples are a multiple of this."""
+    """Each text is made longer until the sample's tokens are a multiple of this."""
 
 
 @dataclass(frozen=True)
@@ -52,11 +52,10 @@ def drawn_samples(shapes: Shapes, seed: int) -> list[DrawnSample]:
     """The samples of one step, in a random order."""
     draw, noise = random.Random(seed), torch.Generator().manual_seed(seed)
     plans = [plan_image(*size, "image", shapes.grid) for size in shapes.sizes]
-    with_pictures = sum(plan.tokens + shapes.text for plan in plans)
-    text_alone = shapes.text_alone - (with_pictures + shapes.text_alone) % -shapes.multiple
     samples = []
     for plan in (*plans, None):
-        text = draw.choices(shapes.words, k=shapes.text if plan else text_alone)
+        length, tokens = (shapes.text, plan.tokens) if plan else (shapes.text_alone, 0)
+        text = draw.choices(shapes.words, k=length - (length + tokens) % -shapes.multiple)
         shape = (plan.tiles if plan else 0, 3, shapes.grid.tile_size, shapes.grid.tile_size)
         tiles = torch.rand(shape, generator=noise) * 2 - 1
         samples.append(DrawnSample(text[:16], text[16:], plan, tiles, shapes.image_token))
@@ -70,7 +69,8 @@ def packed(samples: Sequence[DrawnSample], shapes: Shapes) -> TextBatch:
     bounds = np.cumsum([0, *(len(sample.tokens) for sample in samples)])
     is_image = tokens == shapes.image_token
     plans = [sample.plan for sample in samples if sample.plan]
-    patches = patch_rows(torch.cat([sample.tiles for sample in samples]), shapes.grid.patch_size)
+    seen = slice(0, shapes.grid.tokens_per_side * shapes.grid.patch_size)  # what lies behind makes no whole patch
+    patches = patch_rows(torch.cat([sample.tiles for sample in samples])[..., seen, seen], shapes.grid.patch_size)
     targets = tokens.masked_fill(is_image, IGNORED)
     return spliced_batch(tokens, targets, is_image.numpy(), plans, patches, torch.from_numpy(bounds.astype(np.int32)))
 

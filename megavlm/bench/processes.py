@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import multiprocessing
 import os
 import subprocess
@@ -131,6 +132,11 @@ class Memory:
             return 0
         _, found, rest = text.partition(f"{self._field}:")
         return int(rest.split(maxsplit=1)[0]) * _KIB if found else 0
+
+
+def trim_memory() -> None:
+    """Hand back what malloc keeps of freed memory, which would be filled before the process grows."""
+    ctypes.CDLL(None).malloc_trim(0)
 
 
 def available_memory() -> int:

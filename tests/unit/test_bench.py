@@ -8,6 +8,7 @@ import itertools
 import json
 import re
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -17,6 +18,7 @@ import pytest
 import torch
 
 from megavlm import cli
+from megavlm.batch import IGNORED, TextBatch
 from megavlm.bench import run as bench
 from megavlm.bench.checkpoint import Needs
 from megavlm.bench.harness import (
@@ -35,7 +37,11 @@ from megavlm.bench.harness import (
 )
 from megavlm.bench.kernels import figure_of
 from megavlm.bench.processes import environment, watched
+from megavlm.bench.real_aquila_vl import AquilaVL
+from megavlm.bench.real_infimm import InfiMM
+from megavlm.bench.real_step import Workload, work_of
 from megavlm.bench.report import append, machine, table
+from megavlm.build.families import state_map_of
 from megavlm.build.model import build_model
 from megavlm.model.decoder.model import Decoder
 from megavlm.parallel import groups as parallel_groups
@@ -298,6 +304,37 @@ def test_a_row_of_the_kernels_table_becomes_a_figure() -> None:
     assert plain == Figure("tile_pack, a shape, forward: plain", "ms (p20 - p80)", 2.0, 1.5, 4.0)
     kernel = figure_of({**row, "variant": "kernel", "speedup_over_plain": "2.50", "share_of_roof": "0.75"})
     assert kernel.name.endswith(": kernel (2.50 times as fast as plain, 0.75 of the roof)")
+
+
+@pytest.mark.parametrize("workload", [AquilaVL(False), InfiMM(False)], ids=lambda workload: workload.name)
+def test_the_real_models_get_the_same_samples_on_both_sides(workload: Workload) -> None:
+    ours, theirs = workload.our_step(3), workload.their_step(3)
+    assert workload.run.data is not None
+    assert all(batch.tokens.size(1) <= workload.run.data.rows.max_tokens for batch in ours)
+    assert all(batch.tokens.size(1) % 16 == 0 for batch in ours)  # as FP8 asks for
+    targets = sum(int((batch["labels"][:, 1:] != IGNORED).sum()) for batch in theirs)
+    assert sum(int(batch.target_tokens) for batch in ours) == targets > 1000
+    media = [batch.media for batch in ours if batch.media is not None]
+    given = sum(batch["images" if "images" in batch else "batch_num_images"].size(0) for batch in theirs)
+    assert len(media) == len(ours) and given == sum(len(lengths_of(batch)) for batch in ours)
+    seen = [batch.cu_seqlens.diff().square().sum() for batch in ours if batch.cu_seqlens is not None]
+    assert work_of(ours).pairs == float(sum(seen) + work_of(ours).tokens) / 2
+
+
+def lengths_of(batch: TextBatch) -> list[int]:
+    assert batch.cu_seqlens is not None
+    return list(batch.cu_seqlens.diff().tolist())
+
+
+@pytest.mark.parametrize("workload", [AquilaVL(False), InfiMM(False)], ids=lambda workload: workload.name)
+def test_the_real_models_of_transformers_have_the_shapes_that_ours_reads(workload: Workload) -> None:
+    """Transformers saves tensors under other names than it holds them, and a tied one once: shapes are counted."""
+    with torch.device("meta"):
+        theirs = Counter(tuple(tensor.shape) for tensor in workload.fresh_model().state_dict().values())
+    ours = Counter(state_map_of(workload.run).folder_shapes().values())
+    vocabulary = (workload.run.decoder.vocab_size, workload.run.decoder.hidden_size)
+    assert theirs.pop(vocabulary) == 2 and ours.pop(vocabulary) == (1 if workload.run.decoder.tied_embeddings else 2)
+    assert theirs == ours
 
 
 # --- what makes the step fast must not change what it computes ---------------------------------------------------
