@@ -42,8 +42,8 @@ _MOST_RESIDENT = 2**30
 _TOUCHED_AT_ONCE = 64 * 1024
 """Bytes that Linux maps around each one that is touched, where they are in its cache."""
 _WITHOUT_READAHEAD = 2**14
-"""Rows, about those of two steps, whose pages alone are asked for, all at once. Reading ahead of each, which pays later,
-would keep a run that begins or goes on waiting for most of the index."""
+"""Rows, about those of two steps, whose pages alone are asked for, all at once: reading ahead of each, which pays
+later, would keep a run that begins or goes on waiting for most of the index."""
 
 
 @dataclass(frozen=True)
@@ -116,9 +116,7 @@ class Index:
         self._touched = dict.fromkeys(COLUMNS, 0)
         self._taken = 0
         counts = {name: about["samples" if name in SAMPLE_COLUMNS else "pictures"] for name in COLUMNS}
-        self.columns = {
-            name: self._map(self._file(name), kind, counts[name]) for name, kind in COLUMNS.items()
-        }
+        self.columns = {name: self._map(self._file(name), kind, counts[name]) for name, kind in COLUMNS.items()}
         self.plan: dict[str, Any] | None = about.get("plan")
         """What the dataset was prepared from, where it was prepared here."""
         self._about = about

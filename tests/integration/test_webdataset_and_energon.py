@@ -52,7 +52,7 @@ def energon_settings(energon: Any) -> dict[str, Any]:
     def plain(sample: dict[str, Any]) -> dict[str, Any]:
         return sample
 
-    class Encoder(energon.DefaultTaskEncoder):  # type: ignore[misc]
+    class Encoder(energon.DefaultTaskEncoder):
         decoder = None
         cookers = [energon.Cooker(plain)]  # noqa: RUF012
 
