@@ -41,9 +41,6 @@ _MOST_RESIDENT = 2**30
 """Bytes of the columns that a process seems to hold before it lets them go; nothing of them is its own."""
 _TOUCHED_AT_ONCE = 64 * 1024
 """Bytes that Linux maps around each one that is touched, where they are in its cache."""
-_WITHOUT_READAHEAD = 2**14
-"""Rows, about those of two steps, whose pages alone are asked for, all at once: reading ahead of each, which pays
-later, would keep a run that begins or goes on waiting for most of the index."""
 
 
 @dataclass(frozen=True)
@@ -112,11 +109,12 @@ class Index:
 
     def __init__(self, folder: Path, about: dict[str, Any]) -> None:
         self.folder = folder
-        self._maps: dict[Path, mmap.mmap] = {}
+        self._maps: list[mmap.mmap] = []
         self._touched = dict.fromkeys(COLUMNS, 0)
-        self._taken = 0
         counts = {name: about["samples" if name in SAMPLE_COLUMNS else "pictures"] for name in COLUMNS}
-        self.columns = {name: self._map(self._file(name), kind, counts[name]) for name, kind in COLUMNS.items()}
+        self.columns = {
+            name: self._map(folder / INDEX_FOLDER / f"{name}.bin", kind, counts[name]) for name, kind in COLUMNS.items()
+        }
         self.plan: dict[str, Any] | None = about.get("plan")
         """What the dataset was prepared from, where it was prepared here."""
         self._about = about
@@ -230,13 +228,10 @@ class Index:
     def verify(self) -> None:
         """Read the columns whole and compare their checksums; DataError where one differs."""
         for name, expected in self._about["columns"].items():
-            with self._file(name).open("rb") as file:
+            with (self.folder / INDEX_FOLDER / f"{name}.bin").open("rb") as file:
                 found = hashlib.file_digest(file, "sha256").hexdigest()
             if found != expected:
                 raise _damaged(self.folder, f"its column {name} differs from its checksum")
-
-    def _file(self, column: str) -> Path:
-        return self.folder / INDEX_FOLDER / f"{column}.bin"
 
     def _picture_rows(self, samples: Ints, shards: Ints) -> tuple[Ints, Ints]:
         """(offsets, rows): the rows of each sample's picture files, one sample after another."""
@@ -258,26 +253,13 @@ class Index:
         )
 
     def _take(self, name: str, rows: Ints) -> NDArray[Any]:
-        if self._taken < _WITHOUT_READAHEAD:
-            self._ask_for(name, rows)
         self._touched[name] = min(self._touched[name] + len(rows) * _TOUCHED_AT_ONCE, self.columns[name].nbytes)
         if sum(self._touched.values()) > _MOST_RESIDENT:
             # They stay in the cache of the system, and come back by themselves.
             self._touched = dict.fromkeys(COLUMNS, 0)
-            for mapped in self._maps.values():
+            for mapped in self._maps:
                 mapped.madvise(mmap.MADV_DONTNEED)
         return self.columns[name][rows]
-
-    def _ask_for(self, name: str, rows: Ints) -> None:
-        """Have the pages of these rows read, none waited for before the next is asked for."""
-        self._taken += len(rows)
-        if self._taken >= _WITHOUT_READAHEAD:
-            for mapped in self._maps.values():
-                mapped.madvise(mmap.MADV_NORMAL)
-            return
-        pages = np.unique(rows * self.columns[name].itemsize // mmap.PAGESIZE) * mmap.PAGESIZE
-        for page in pages.tolist():
-            self._maps[self._file(name)].madvise(mmap.MADV_WILLNEED, page, mmap.PAGESIZE)
 
     def _map(self, path: Path, kind: str, count: int) -> NDArray[Any]:
         dtype = np.dtype(kind).newbyteorder("<")
@@ -292,9 +274,7 @@ class Index:
                 mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         except OSError as error:
             raise _damaged(self.folder, f"{path.name} cannot be read: {error.strerror}") from None
-        if self._taken < _WITHOUT_READAHEAD:
-            mapped.madvise(mmap.MADV_RANDOM)
-        self._maps[path] = mapped
+        self._maps.append(mapped)
         return np.frombuffer(mapped, dtype)
 
 
