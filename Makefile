@@ -32,7 +32,7 @@ checks: $(STAMP)  ## format, lint, types, spelling, import rules, size budget
 	$(VENV)/bin/pytest $(HOUSE_TESTS)
 
 bench: $(STAMP)  ## measure this machine, as one table
-	$(VENV)/bin/python -W ignore tools/bench.py
+	PYTHONWARNINGS=ignore $(VENV)/bin/megavlm bench
 
 quickstart: $(STAMP)  ## train the toy model, end to end
 	$(VENV)/bin/python tools/quickstart.py $(if $(FAMILY),--family $(FAMILY))

@@ -21,6 +21,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "export-hf": ("load a Hugging Face folder under a layout and write it again", "megavlm.commands:export_hf"),
     "verify-hf": ("prove a folder against recorded cases", "megavlm.commands:verify_hf"),
     "generate": ("go on with a text and its images, alone or under torchrun", "megavlm.commands:generate"),
+    "bench": ("measure this machine, ours against theirs, as one table", "megavlm.bench.command:bench"),
     "doctor": ("what is installed, what is wrong, what this machine can run", "megavlm.platform.doctor:main"),
 }
 """Name -> (one line of help, `module:function`); the function takes the arguments and returns the exit code."""

@@ -1,6 +1,6 @@
 """Times every op on one CUDA GPU at the real models' shapes, and appends the rows to results.csv.
 
-python kernels/benchmarks/run.py [--op media_attention]
+python kernels/benchmarks/run.py [--op media_attention] [--out FILE]
 
 Each op is checked first, and not timed where it is wrong. A row says how far it is from the roof: the time that a copy
 of the same bytes or a matrix product of the same work takes on this GPU (the longer of the two, both measured in the
@@ -447,14 +447,16 @@ def machine() -> dict[str, object]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--op", help="only this op")
-    chosen = parser.parse_args().op
+    parser.add_argument("--out", type=Path, default=RESULTS, help="append to this file instead")
+    arguments = parser.parse_args()
+    chosen, results = arguments.op, arguments.out
     if not torch.cuda.is_available():
         print("run.py times kernels on a CUDA GPU; this machine has none (resources.py needs none)", file=sys.stderr)
         return 2
     ceilings = roof()
     print(f"copy {ceilings[0] / 1e6:.0f} GB/s, bf16 product {ceilings[1] / 1e9:.0f} TFLOP/s")
-    described, is_new, red = machine(), not RESULTS.exists(), []
-    with RESULTS.open("a", newline="", encoding="utf-8") as file, megavlm_kernels.use("triton"):
+    described, is_new, red = machine(), not results.exists(), []
+    with results.open("a", newline="", encoding="utf-8") as file, megavlm_kernels.use("triton"):
         writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
         if is_new:
             writer.writeheader()

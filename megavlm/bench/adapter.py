@@ -6,14 +6,14 @@ megatron-core: only the adapter differs. Each waits for the word to run one pass
 
 from __future__ import annotations
 
-import multiprocessing
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from multiprocessing.connection import Connection
 
 import torch
 
-from megavlm.bench.harness import THREADS, Comparison, Pass, Side, timed
+from megavlm.bench.harness import THREADS, Comparison, Pass, Side, SkippedError, timed
+from megavlm.bench.processes import fresh
 from megavlm.platform import machine
 
 TARGET = 1.03
@@ -22,6 +22,8 @@ TARGET = 1.03
 @contextmanager
 def adapter(quick: bool) -> Iterator[Comparison]:
     """The two processes, ended when the comparison is done."""
+    if torch.cuda.is_available():
+        raise SkippedError("a machine with CUDA runs without the adapter")
     repeats = 20 if quick else 100
     with ExitStack() as processes:
         yield Comparison(
@@ -53,8 +55,7 @@ def small_operations(repeats: int) -> float:
 @contextmanager
 def _process(with_adapter: bool, repeats: int) -> Iterator[Callable[[], Pass]]:
     """A process of one side; what it gives runs one pass there."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["__main__", "megatron.core.models.gpt"])
+    context = fresh()
     ours, theirs = context.Pipe()
     process = context.Process(target=_serve, args=(theirs, with_adapter, repeats), daemon=True)
     process.start()

@@ -6,30 +6,27 @@ screens and scans, and one of text alone. All parameters learn.
 
 from __future__ import annotations
 
-import random
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-import numpy as np
 import torch
-from torch import Tensor
 from transformers import LlavaOnevisionConfig, LlavaOnevisionForConditionalGeneration
 from transformers.utils.logging import disable_progress_bar
 
-from megavlm.batch import IGNORED, TextBatch
+from megavlm.bench.aquila_vl_samples import Shapes, drawn_samples, packed, padded, padding_of
 from megavlm.bench.harness import THREADS, Comparison
 from megavlm.bench.steps import our_side, their_side
 from megavlm.build.from_folder import run_from_folder
 from megavlm.build.model import build_model
 from megavlm.build.run_config import OptimizerConfig, PrecisionConfig, RunConfig
-from megavlm.data.assemble_tables import spliced_batch
 from megavlm.parallel import groups as parallel_groups
-from megavlm.tiles import GridConfig, ImagePlan, patch_rows, plan_image
+from megavlm.tiles import GridConfig
 
 TARGET = 0.8
+IMAGE_TOKEN = 1
 GRID = GridConfig(tile_size=98, max_tiles_per_side=2, cap_tiles=4)
 SIZES = ((98, 98), (128, 128), (163, 122), (261, 229), (255, 191), (490, 276), (204, 612), (766, 102))
 """(width, height), a quarter of 384x384, 500x500, 640x480, 1024x899, 1000x750, 1920x1080, 800x2400 and 3000x400."""
@@ -64,72 +61,12 @@ def model_config(quick: bool) -> LlavaOnevisionConfig:
             "vocab_size": 200 if quick else 6000,
             "tie_word_embeddings": True,
         },
-        image_token_index=1,
+        image_token_index=IMAGE_TOKEN,
         video_token_index=2,
         tie_word_embeddings=True,
         image_grid_pinpoints=[list(resolution) for resolution in GRID.resolutions],
         vision_aspect_ratio=f"anyres_max_{GRID.cap_tiles}",
     )
-
-
-@dataclass(frozen=True)
-class DrawnSample:
-    """Text tokens before and behind an image, if there is one, and its tiles [tiles, 3, H, W]."""
-
-    before: list[int]
-    behind: list[int]
-    plan: ImagePlan | None
-    tiles: Tensor
-
-    @property
-    def tokens(self) -> list[int]:
-        return [*self.before, *([1] * self.plan.tokens if self.plan else []), *self.behind]
-
-
-def drawn_samples(vocabulary: int, seed: int) -> list[DrawnSample]:
-    """The samples of one step, in a random order."""
-    draw, noise = random.Random(seed), torch.Generator().manual_seed(seed)
-    samples = []
-    for size in (*SIZES, None):
-        plan = None if size is None else plan_image(*size, "image", GRID)
-        text = draw.choices(range(3, vocabulary), k=TEXT if plan else 2 * TEXT)
-        shape = (plan.tiles if plan else 0, 3, GRID.tile_size, GRID.tile_size)
-        samples.append(DrawnSample(text[:16], text[16:], plan, torch.rand(shape, generator=noise) * 2 - 1))
-    draw.shuffle(samples)
-    return samples
-
-
-def packed(samples: list[DrawnSample]) -> TextBatch:
-    """All samples behind one another in one row."""
-    tokens = torch.tensor([token for sample in samples for token in sample.tokens]).unsqueeze(0)
-    bounds = np.cumsum([0, *(len(sample.tokens) for sample in samples)])
-    is_image = tokens == 1
-    plans = [sample.plan for sample in samples if sample.plan]
-    patches = patch_rows(torch.cat([sample.tiles for sample in samples]), GRID.patch_size)
-    targets = tokens.masked_fill(is_image, IGNORED)
-    return spliced_batch(tokens, targets, is_image.numpy(), plans, patches, torch.from_numpy(bounds.astype(np.int32)))
-
-
-def padded(samples: list[DrawnSample]) -> dict[str, Tensor]:
-    """One batch as transformers' processor and collators make it."""
-    longest = max(len(sample.tokens) for sample in samples)
-    tokens, mask = torch.zeros(2, len(samples), longest, dtype=torch.int64)
-    for row, sample in enumerate(samples):
-        tokens[row, : len(sample.tokens)] = torch.tensor(sample.tokens)
-        mask[row, : len(sample.tokens)] = 1
-    with_image = [sample for sample in samples if sample.plan]
-    most = max(len(sample.tiles) for sample in with_image)
-    pixels = torch.zeros(len(with_image), most, 3, GRID.tile_size, GRID.tile_size)
-    for image, sample in zip(pixels, with_image, strict=True):
-        image[: len(sample.tiles)] = sample.tiles
-    return {
-        "input_ids": tokens,
-        "attention_mask": mask,
-        "labels": tokens.masked_fill((mask == 0) | (tokens == 1), IGNORED),
-        "pixel_values": pixels,
-        "image_sizes": torch.tensor([(s.plan.height, s.plan.width) for s in with_image if s.plan]),
-        "batch_num_images": torch.tensor([int(sample.plan is not None) for sample in samples]),
-    }
 
 
 @contextmanager
@@ -147,17 +84,17 @@ def aquila_vl_step(quick: bool) -> Iterator[Comparison]:
         theirs = LlavaOnevisionForConditionalGeneration.from_pretrained(
             parent, dtype=torch.float32, attn_implementation="sdpa"
         )
-    vocabulary = run.decoder.vocab_size
+    shapes = Shapes(GRID, SIZES, TEXT, 2 * TEXT, IMAGE_TOKEN, range(3, run.decoder.vocab_size))
     try:
         yield Comparison(
             benchmark="aquila-vl-step",
-            case=f"{theirs.num_parameters() / 1e6:.1f}M Aquila-VL, float32, {_about(drawn_samples(vocabulary, 0))}",
-            ours=our_side(ours, run, groups, (packed(drawn_samples(vocabulary, seed)) for seed in _from_zero())),
+            case=f"{theirs.num_parameters() / 1e6:.1f}M Aquila-VL, float32, {_about(shapes)}",
+            ours=our_side(ours, run, groups, ([packed(drawn_samples(shapes, n), shapes)] for n in count())),
             theirs=their_side(
                 theirs.to(groups.device),
-                run,
-                groups,
-                (padded(drawn_samples(vocabulary, seed)) for seed in _from_zero()),
+                run.optimizer,
+                groups.device,
+                ([padded(drawn_samples(shapes, n), shapes)] for n in count()),
             ),
             target=TARGET,
             rounds=3 if quick else 20,
@@ -173,19 +110,11 @@ def _run_of(folder: Path) -> RunConfig:
     )
 
 
-def _about(samples: list[DrawnSample]) -> str:
+def _about(shapes: Shapes) -> str:
     """What a step computes, and what of it is padding."""
-    real = sum(len(sample.tokens) for sample in samples)
-    rows = padded(samples)["input_ids"].numel()
-    tiles = sum(len(sample.tiles) for sample in samples)
+    samples = drawn_samples(shapes, 0)
+    real, tiles = sum(len(sample.tokens) for sample in samples), sum(len(sample.tiles) for sample in samples)
     return (
-        f"{len(samples)} samples of {real} tokens and {tiles} tiles; "
-        f"padding 0.0 % in our packed row, {100 * (1 - real / rows):.1f} % of the tokens in the padded batch"
+        f"{len(samples)} samples of {real} tokens and {tiles} tiles; padding 0.0 % in our packed row, "
+        f"{100 * padding_of(samples, [padded(samples, shapes)]):.1f} % of the tokens in the padded batch"
     )
-
-
-def _from_zero() -> Iterator[int]:
-    seed = 0
-    while True:
-        yield seed
-        seed += 1

@@ -5,8 +5,9 @@ Both sides start from the same weights and see the same rows.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from itertools import count
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -75,7 +76,10 @@ def decoder_step(quick: bool) -> Iterator[Comparison]:
             ),
             ours=our_side(built, run, groups, rows_of(run)),
             theirs=their_side(
-                model, run, groups, ({"input_ids": row.tokens, "labels": row.tokens} for row in rows_of(run))
+                model,
+                run.optimizer,
+                groups.device,
+                ([{"input_ids": row.tokens, "labels": row.tokens} for row in rows] for rows in rows_of(run)),
             ),
             target=TARGET,
             rounds=3 if quick else 20,
@@ -95,11 +99,10 @@ def same_model(built: Model, run: RunConfig, groups: Groups) -> Qwen2ForCausalLM
     return model.to(groups.device)
 
 
-def rows_of(run: RunConfig) -> Iterator[TextBatch]:
-    """One microbatch a step."""
-    step = 0
-    while True:
-        yield from toy_step(
+def rows_of(run: RunConfig) -> Iterator[Sequence[TextBatch]]:
+    """The microbatches of each step: one."""
+    for step in count():
+        yield toy_step(
             seed=run.train.seed,
             step=step,
             global_batch_size=1,
@@ -109,4 +112,3 @@ def rows_of(run: RunConfig) -> Iterator[TextBatch]:
             data_rank=0,
             data_size=1,
         )
-        step += 1

@@ -1,14 +1,15 @@
 """Two sides measured in alternation, and a row that exists only where both computed the same.
 
 A shared machine changes its speed within seconds. So the sides take turns, A B A B ..., and the ratio is taken pair
-by pair: what slows the machine down slows both halves of a pair.
+by pair: what slows the machine down slows both halves of a pair. What has no fair other side (seconds of a plan, say)
+is a row of figures alone.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -33,6 +34,29 @@ class Side:
 
 
 @dataclass(frozen=True)
+class Figure:
+    """A number that stands by itself."""
+
+    name: str
+    unit: str
+    median: float
+    min: float
+    max: float
+    target: float | None = None
+    """What the median should not pass."""
+
+
+def figure(name: str, unit: str, readings: Sequence[float], target: float | None = None) -> Figure:
+    """The figure that was read so often, at least once."""
+    low, middle, high = np.percentile(readings, (0, 50, 100))
+    return Figure(name, unit, float(middle), float(low), float(high), target)
+
+
+def _no_figures() -> Sequence[Figure]:
+    return ()
+
+
+@dataclass(frozen=True)
 class Comparison:
     """Ours against theirs, ready to alternate."""
 
@@ -41,8 +65,8 @@ class Comparison:
     """What is computed, in words and sizes."""
     ours: Side
     theirs: Side
-    target: float
-    """The ratio of times, ours to theirs, that should not be passed."""
+    target: float | None
+    """The ratio of times, ours to theirs, that should not be passed; None: the ratio is for information."""
     rounds: int
     warmup: int
     """Rounds before those that are timed; their losses are checked as well."""
@@ -50,6 +74,19 @@ class Comparison:
     """How far apart the losses of a round may be, relative."""
     beside: Side | None = None
     """Timed in each round as well, to be printed below the two: a floor, say, that neither can go under."""
+    figures: Callable[[], Sequence[Figure]] = _no_figures
+    """Asked behind the last round: what was found beside the times."""
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """What has no other side, ready to be measured."""
+
+    benchmark: str
+    case: str
+    """What is measured, in words and sizes."""
+    figures: Callable[[], Sequence[Figure]]
+    """Measures."""
 
 
 @dataclass(frozen=True)
@@ -72,19 +109,28 @@ class Ratio:
 
 @dataclass(frozen=True)
 class Row:
-    """What a comparison found."""
+    """What a comparison found: times, ratio and perhaps figures; or a measurement, figures alone."""
 
     benchmark: str
     case: str
-    rounds: int
-    times: dict[str, Times]
+    rounds: int | None = None
+    times: dict[str, Times] = field(default_factory=dict)
     """Side -> its times; ours first, theirs second."""
-    ratio: Ratio
-    target: float
+    ratio: Ratio | None = None
+    target: float | None = None
+    figures: tuple[Figure, ...] = ()
 
 
-class DisagreementError(Exception):
+class NoRowError(Exception):
+    """Something went wrong that leaves a benchmark without its row; the others go on."""
+
+
+class DisagreementError(NoRowError):
     """The two sides computed different losses, so their times say nothing."""
+
+
+class SkippedError(Exception):
+    """This machine has not what a benchmark needs, which the message says."""
 
 
 def timed(work: Callable[[], float]) -> Pass:
@@ -94,8 +140,14 @@ def timed(work: Callable[[], float]) -> Pass:
     return Pass(time.perf_counter() - began, loss)
 
 
-def measure(comparison: Comparison) -> Row:
+def measure(found: Comparison | Measurement) -> Row:
     """Alternate the sides and sum up; raises DisagreementError instead where a round's losses differ."""
+    if isinstance(found, Measurement):
+        return Row(found.benchmark, found.case, figures=tuple(found.figures()))
+    return _alternate(found)
+
+
+def _alternate(comparison: Comparison) -> Row:
     sides = [comparison.ours, comparison.theirs, *([comparison.beside] if comparison.beside else [])]
     rounds = []
     for number in range(comparison.warmup + comparison.rounds):
@@ -112,6 +164,7 @@ def measure(comparison: Comparison) -> Row:
         {side.name: times_of(column) for side, column in zip(sides, columns, strict=True)},
         ratio_of(ours, theirs),
         comparison.target,
+        tuple(comparison.figures()),
     )
 
 

@@ -1,4 +1,4 @@
-"""Rows of benchmarks as one aligned table, and as JSON beside the machine they were measured on."""
+"""Rows of benchmarks as aligned tables, and as JSON beside the machine they were measured on."""
 
 from __future__ import annotations
 
@@ -6,16 +6,19 @@ import json
 import os
 import platform
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from megavlm.bench.harness import THREADS, Row
+from megavlm.errors import ConfigError
 
-_HEADER = ("benchmark", "side", "min ms", "median ms", "p80 ms", "ratio", "p20 - p80", "target")
+_TIMES = ("benchmark", "side", "min ms", "median ms", "p80 ms", "ratio", "p20 - p80", "target")
+_FIGURES = ("benchmark", "figure", "median", "min - max", "unit", "target")
 _TEXT_COLUMNS = 2
 
 
@@ -51,35 +54,73 @@ def _commit() -> str:
 
 
 def table(rows: Sequence[Row], facts: dict[str, str | int]) -> str:
-    """The machine, what each benchmark computes, and two lines a benchmark: ours with the ratio, then theirs."""
-    lines = [_HEADER]
-    for row in rows:
-        ratio = (f"{row.ratio.median:.3f}", f"{row.ratio.p20:.3f} - {row.ratio.p80:.3f}", f"<= {row.target:.2f}")
-        for index, (side, times) in enumerate(row.times.items()):
-            measured = (f"{times.min:.2f}", f"{times.median:.2f}", f"{times.p80:.2f}")
-            lines.append((row.benchmark, side, *measured, *ratio) if index == 0 else ("", side, *measured, "", "", ""))
-    widths = [max(len(line[column]) for line in lines) for column in range(len(_HEADER))]
+    """The machine and what each benchmark computes; the times, ours with the ratio, then theirs; then the figures."""
     about = ["  ".join(f"{name}: {value}" for name, value in facts.items())]
-    about += [f"{row.benchmark}: {row.case}; {row.rounds} rounds" for row in rows]
-    return "\n".join([*about, "", *(_aligned(line, widths) for line in lines)])
+    about += [f"{row.benchmark}: {row.case}" + (f"; {row.rounds} rounds" if row.rounds else "") for row in rows]
+    times = [line for row in rows for line in _times_of(row)]
+    figures = [line for row in rows for line in _figures_of(row)]
+    tables = [_aligned([header, *lines]) for header, lines in ((_TIMES, times), (_FIGURES, figures)) if lines]
+    return "\n\n".join(["\n".join(about), *tables])
 
 
-def _aligned(line: Sequence[str], widths: Sequence[int]) -> str:
-    cells = zip(line, widths, strict=True)
-    text = (c.ljust(w) if column < _TEXT_COLUMNS else c.rjust(w) for column, (c, w) in enumerate(cells))
-    return "  ".join(text).rstrip()
+def _times_of(row: Row) -> Iterator[Sequence[str]]:
+    for index, (side, times) in enumerate(row.times.items()):
+        measured = (f"{times.min:.2f}", f"{times.median:.2f}", f"{times.p80:.2f}")
+        ratio = ("", "", "")
+        if index == 0 and row.ratio is not None:
+            spread = f"{row.ratio.p20:.3f} - {row.ratio.p80:.3f}"
+            ratio = (f"{row.ratio.median:.3f}", spread, "" if row.target is None else f"<= {row.target:.2f}")
+        yield (row.benchmark if index == 0 else "", side, *measured, *ratio)
+
+
+def _figures_of(row: Row) -> Iterator[Sequence[str]]:
+    for index, one in enumerate(row.figures):
+        target = "" if one.target is None else f"<= {one.target:g}"
+        spread = f"{one.min:.2f} - {one.max:.2f}"
+        yield (row.benchmark if index == 0 else "", one.name, f"{one.median:.2f}", spread, one.unit, target)
+
+
+def _aligned(lines: Sequence[Sequence[str]]) -> str:
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return "\n".join(
+        "  ".join(
+            cell.ljust(width) if column < _TEXT_COLUMNS else cell.rjust(width)
+            for column, (cell, width) in enumerate(zip(line, widths, strict=True))
+        ).rstrip()
+        for line in lines
+    )
+
+
+def check_place(path: str | Path) -> None:
+    """Refuse a file that `append` could not add to, before minutes are spent on what it is to hold."""
+    path = Path(path)
+    if not path.parent.is_dir():
+        raise ConfigError("--out", str(path), f"there is no folder {path.parent}", "make it, or name another file")
+    try:
+        known = _known(path)
+    except ValueError:
+        known = None
+    if not isinstance(known, list):
+        raise ConfigError("--out", str(path), "is there and is no list of rows", "name another file")
 
 
 def append(rows: Sequence[Row], facts: dict[str, str | int], path: str | Path) -> None:
     """Add the rows to the JSON list in that file, which need not exist yet."""
     path = Path(path)
-    known = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
-    found = [{"unit": "ms", **_rounded(asdict(row)), "machine": facts} for row in rows]
-    path.write_text(json.dumps([*known, *found], indent=2) + "\n", encoding="utf-8")
+    text = json.dumps([*_known(path), *(_as_json(row, facts) for row in rows)], indent=2) + "\n"
+    path.write_text(text, encoding="utf-8")
 
 
-def _rounded(value: object) -> dict:
-    """The same with floats cut to what a clock can tell."""
-    cut = json.loads(json.dumps(value), parse_float=lambda text: round(float(text), 3))
-    assert isinstance(cut, dict)
-    return cut
+def _known(path: Path) -> Any:
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
+
+
+def _as_json(row: Row, facts: dict[str, str | int]) -> dict[str, Any]:
+    """What the row has, floats cut to what a clock can tell; figures by their names, each with its unit."""
+    content = asdict(row)
+    content["figures"] = {
+        one.pop("name"): {key: value for key, value in one.items() if value is not None} for one in content["figures"]
+    }
+    unit = {"unit": "ms"} if row.times else {}
+    cut = json.loads(json.dumps(content), parse_float=lambda text: round(float(text), 3))
+    return {**unit, **{key: value for key, value in cut.items() if value not in (None, {})}, "machine": facts}

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import itertools
 import json
+import re
+import sys
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -12,9 +17,31 @@ from pathlib import Path
 import pytest
 import torch
 
+from megavlm import cli
+from megavlm.batch import IGNORED, TextBatch
 from megavlm.bench import run as bench
-from megavlm.bench.harness import Comparison, DisagreementError, Pass, Side, measure, ratio_of, times_of
+from megavlm.bench.checkpoint import Needs
+from megavlm.bench.harness import (
+    Comparison,
+    DisagreementError,
+    Figure,
+    Measurement,
+    NoRowError,
+    Pass,
+    Side,
+    SkippedError,
+    figure,
+    measure,
+    ratio_of,
+    times_of,
+)
+from megavlm.bench.kernels import figure_of
+from megavlm.bench.processes import environment, watched
+from megavlm.bench.real_aquila_vl import AquilaVL
+from megavlm.bench.real_infimm import InfiMM
+from megavlm.bench.real_step import Workload, work_of
 from megavlm.bench.report import append, machine, table
+from megavlm.build.families import state_map_of
 from megavlm.build.model import build_model
 from megavlm.model.decoder.model import Decoder
 from megavlm.parallel import groups as parallel_groups
@@ -22,6 +49,9 @@ from megavlm.parallel.wrap import wrap_data_parallel
 from megavlm.recipes import recipe
 from megavlm.testing import spawn
 from megavlm.train.optim import build_optimizer
+
+GPU_ALONE = ["kernels"]
+"""Benchmarks that a machine without a GPU skips."""
 
 
 def comparison(ours: list[Pass], theirs: list[Pass], warmup: int = 0, calls: list[str] | None = None) -> Comparison:
@@ -59,7 +89,7 @@ def test_sides_take_turns_and_warm_up_rounds_are_not_timed() -> None:
     assert row.rounds == 2
     assert row.times["ours"].min == pytest.approx(100.0)
     assert row.times["theirs"].p80 == pytest.approx(200.0)
-    assert row.ratio.median == pytest.approx(1.0)
+    assert row.ratio is not None and row.ratio.median == pytest.approx(1.0)
 
 
 def test_times_are_minimum_median_and_p80_in_milliseconds() -> None:
@@ -128,17 +158,183 @@ def test_the_machine_is_told_by_its_parts() -> None:
     assert facts["torch"] == torch.__version__
 
 
-def quick_rows(path: str) -> int:
-    return bench.run(quick=True, out=path)
+def test_a_measurement_without_another_side_is_a_row_of_figures(tmp_path: Path) -> None:
+    seconds = figure("seconds of a plan", "s", [3.0, 1.0, 7.0], target=30.0)
+    row = measure(Measurement("made-up", "nothing", lambda: [seconds, figure("memory", "GB", [0.51234])]))
+    *_, header, first, second = table([row], {}).splitlines()
+    assert first.split() == ["made-up", "seconds", "of", "a", "plan", "3.00", "1.00", "-", "7.00", "s", "<=", "30"]
+    assert second.split() == ["memory", "0.51", "0.51", "-", "0.51", "GB"]
+    assert len(header) == len(first)
+    append([row], {"cpu": "a processor"}, tmp_path / "rows.json")
+    assert json.loads((tmp_path / "rows.json").read_text()) == [
+        {
+            "benchmark": "made-up",
+            "case": "nothing",
+            "figures": {
+                "seconds of a plan": {"unit": "s", "median": 3.0, "min": 1.0, "max": 7.0, "target": 30.0},
+                "memory": {"unit": "GB", "median": 0.512, "min": 0.512, "max": 0.512},
+            },
+            "machine": {"cpu": "a processor"},
+        }
+    ]
+
+
+def test_figures_beside_times_are_asked_behind_the_last_round() -> None:
+    calls: list[str] = []
+    two = replace(comparison(passes(0.1, 0.2), passes(0.1, 0.2), calls=calls), target=None)
+    row = measure(replace(two, figures=lambda: [figure("calls", "", [len(calls)])]))
+    assert row.figures[0].median == 4
+    *_, times, theirs, _, _, figures = table([row], {}).splitlines()
+    assert (
+        times.endswith("1.000 - 1.000")
+        and theirs.startswith(" ")
+        and figures.split()[:3]
+        == [
+            "made-up",
+            "calls",
+            "4.00",
+        ]
+    )
+
+
+def test_what_fails_or_is_skipped_leaves_the_rest(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    @contextmanager
+    def right(quick: bool) -> Iterator[Comparison]:
+        yield comparison(passes(0.1), passes(0.1))
+
+    @contextmanager
+    def broken(quick: bool) -> Iterator[Comparison]:
+        raise RuntimeError("out of memory")
+        yield
+
+    @contextmanager
+    def elsewhere(quick: bool) -> Iterator[Comparison]:
+        raise SkippedError("needs a GPU")
+        yield
+
+    monkeypatch.setattr(bench, "BENCHMARKS", {"broken": broken, "elsewhere": elsewhere, "right": right, "big": broken})
+    monkeypatch.setattr(bench, "ON_REQUEST", ("big",))
+    assert bench.run() == 1
+    printed = capsys.readouterr()
+    assert printed.out.startswith("elsewhere: skipped: needs a GPU\n") and "made-up" in printed.out
+    assert "no row: broken: RuntimeError: out of memory\n" in printed.err and "big" not in printed.err
+    assert bench.run(["elsewhere"]) == 0
+
+
+def test_the_command_refuses_what_it_does_not_know(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "notes.json").write_text("{}")
+    for arguments, said in (
+        (["--only", "decoder-stp"], "--only = 'decoder-stp': no such benchmark; did you mean decoder-step?"),
+        (["--only"], "--only = None: has no value"),
+        (["--only", "stalls", "--out", f"{tmp_path}/none/rows.json"], "there is no folder"),
+        (["--out", f"{tmp_path}/notes.json"], "is there and is no list of rows"),
+        (["--fast"], "'--fast': is no option of bench"),
+    ):
+        assert cli.main(["bench", *arguments]) == 2
+        error = capsys.readouterr().err
+        assert said in error and error.count("\n") == 1
+
+
+def test_the_list_says_what_each_benchmark_is(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["bench", "--list"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines] == list(bench.BENCHMARKS)
+    about = (sys.modules["megavlm.bench.decoder_step"].__doc__ or "").splitlines()[0]
+    assert re.split(r"\s{2,}", lines[1]) == ["decoder-step", about]
+
+
+def quick_rows(path: str) -> tuple[int, str]:
+    said = io.StringIO()
+    with contextlib.redirect_stdout(said):
+        code = bench.run(list(bench.BENCHMARKS), quick=True, out=path)
+    return code, said.getvalue()
 
 
 def test_each_benchmark_runs(tmp_path: Path) -> None:
-    assert spawn(quick_rows, 1, str(tmp_path / "rows.json")) == [0]
+    ((code, said),) = spawn(quick_rows, 1, str(tmp_path / "rows.json"), timeout=600)
+    assert code == 0
     rows = json.loads((tmp_path / "rows.json").read_text())
-    assert list(dict.fromkeys(row["benchmark"] for row in rows)) == bench._for_this_machine()
+    skipped = [line.partition(":")[0] for line in said.splitlines() if ": skipped: " in line]
+    expected = [name for name in bench.BENCHMARKS if name not in skipped]
+    assert list(dict.fromkeys(row["benchmark"] for row in rows)) == expected
+    assert skipped == (["adapter"] if torch.cuda.is_available() else GPU_ALONE)
     for row in rows:
-        assert row["ratio"]["median"] > 0
-        assert all(times["min"] > 0 for times in row["times"].values())
+        assert "times" in row or row["figures"]
+        assert all(times["min"] > 0 for times in row.get("times", {}).values())
+        assert row.get("ratio", {"median": 1.0})["median"] > 0
+
+
+def test_a_command_is_timed_line_by_line_and_its_memory_is_its_own() -> None:
+    here = bytearray(400_000_000)  # what its parent holds must not count
+    here[::4096] = b"\1" * len(here[::4096])
+    code = (
+        "import time; print('one', flush=True); time.sleep(0.3); x = b'1' * 200_000_000; time.sleep(0.1); print('two')"
+    )
+    done = watched([sys.executable, "-c", code])
+    first, second = done.reached("one")[0], done.reached("two")[0]
+    assert 0 < first < second - 0.3 < done.seconds
+    assert 200_000_000 < done.peak < 300_000_000
+    with pytest.raises(NoRowError, match=r"did not say 'three', but: one\ntwo"):
+        done.reached("three")
+
+
+def test_a_command_that_fails_gives_its_last_words() -> None:
+    with pytest.raises(NoRowError, match=r"exit code 3: half\nno room"):
+        watched([sys.executable, "-c", "import sys; print('half'); print('no room', file=sys.stderr); sys.exit(3)"])
+
+
+def test_ranks_of_torchrun_are_not_handed_down(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "TORCHELASTIC_RUN_ID"):
+        monkeypatch.setenv(name, "1")
+    assert not {"RANK", "WORLD_SIZE", "MASTER_ADDR", "TORCHELASTIC_RUN_ID"} & environment().keys()
+
+
+def test_a_large_checkpoint_needs_memory_and_disk(tmp_path: Path) -> None:
+    Needs(memory=0, disk=0).check(tmp_path)
+    for needs, said in ((Needs(memory=1e6, disk=0), "1e+06 GB of memory"), (Needs(memory=0, disk=1e9), "GB of disk")):
+        with pytest.raises(SkippedError, match=re.escape(said)):
+            needs.check(tmp_path)
+
+
+def test_a_row_of_the_kernels_table_becomes_a_figure() -> None:
+    row = {"op": "tile_pack", "shape": "a shape", "passes": "forward", "ms_p50": "2.0", "ms_p20": "1.5", "ms_p80": "4"}
+    plain = figure_of({**row, "variant": "plain", "speedup_over_plain": "1.00", "share_of_roof": "0.30"})
+    assert plain == Figure("tile_pack, a shape, forward: plain", "ms (p20 - p80)", 2.0, 1.5, 4.0)
+    kernel = figure_of({**row, "variant": "kernel", "speedup_over_plain": "2.50", "share_of_roof": "0.75"})
+    assert kernel.name.endswith(": kernel (2.50 times as fast as plain, 0.75 of the roof)")
+
+
+@pytest.mark.parametrize("workload", [AquilaVL(False), InfiMM(False)], ids=lambda workload: workload.name)
+def test_the_real_models_get_the_same_samples_on_both_sides(workload: Workload) -> None:
+    ours, theirs = workload.our_step(3), workload.their_step(3)
+    assert workload.run.data is not None
+    assert all(batch.tokens.size(1) <= workload.run.data.rows.max_tokens for batch in ours)
+    assert all(batch.tokens.size(1) % 16 == 0 for batch in ours)  # as FP8 asks for
+    targets = sum(int((batch["labels"][:, 1:] != IGNORED).sum()) for batch in theirs)
+    assert sum(int(batch.target_tokens) for batch in ours) == targets > 1000
+    media = [batch.media for batch in ours if batch.media is not None]
+    given = sum(batch["images" if "images" in batch else "batch_num_images"].size(0) for batch in theirs)
+    assert len(media) == len(ours) and given == sum(len(lengths_of(batch)) for batch in ours)
+    seen = [batch.cu_seqlens.diff().square().sum() for batch in ours if batch.cu_seqlens is not None]
+    assert work_of(ours).pairs == float(sum(seen) + work_of(ours).tokens) / 2
+
+
+def lengths_of(batch: TextBatch) -> list[int]:
+    assert batch.cu_seqlens is not None
+    return list(batch.cu_seqlens.diff().tolist())
+
+
+@pytest.mark.parametrize("workload", [AquilaVL(False), InfiMM(False)], ids=lambda workload: workload.name)
+def test_the_real_models_of_transformers_have_the_shapes_that_ours_reads(workload: Workload) -> None:
+    """Transformers saves tensors under other names than it holds them, and a tied one once: shapes are counted."""
+    with torch.device("meta"):
+        theirs = Counter(tuple(tensor.shape) for tensor in workload.fresh_model().state_dict().values())
+    ours = Counter(state_map_of(workload.run).folder_shapes().values())
+    vocabulary = (workload.run.decoder.vocab_size, workload.run.decoder.hidden_size)
+    assert theirs.pop(vocabulary) == 2 and ours.pop(vocabulary) == (1 if workload.run.decoder.tied_embeddings else 2)
+    assert theirs == ours
 
 
 # --- what makes the step fast must not change what it computes ---------------------------------------------------
@@ -234,5 +430,5 @@ def test_a_side_beside_is_timed_each_round_and_stays_out_of_the_ratio() -> None:
     two = comparison(passes(9.0, 0.1, 0.3), passes(9.0, 0.2, 0.6), warmup=1, calls=calls)
     floor = iter(passes(9.0, 0.01, 0.03, loss=7.0))
     row = measure(replace(two, beside=Side("floor", lambda: next(floor))))
-    assert row.ratio.median == pytest.approx(0.5)
+    assert row.ratio is not None and row.ratio.median == pytest.approx(0.5)
     assert list(row.times) == ["ours", "theirs", "floor"] and row.times["floor"].min == pytest.approx(10.0)

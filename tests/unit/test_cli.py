@@ -54,7 +54,7 @@ def test_unknown_command_names_the_nearest() -> None:
 
 def test_command_like_no_other_lists_all(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["xyz"]) == 2
-    commands = "recipes, plan, train, data, import-hf, export-hf, verify-hf, generate, doctor"
+    commands = "recipes, plan, train, data, import-hf, export-hf, verify-hf, generate, bench, doctor"
     assert f"use one of {commands}" in capsys.readouterr().err
 
 
