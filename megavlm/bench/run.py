@@ -14,6 +14,7 @@ from megavlm.bench.aquila_vl_step import aquila_vl_step
 from megavlm.bench.data_path import data_path
 from megavlm.bench.decoder_step import decoder_step
 from megavlm.bench.harness import Comparison, DisagreementError, Row, measure
+from megavlm.bench.plan_time import plan_time
 from megavlm.bench.report import append, machine, table
 from megavlm.bench.stalls import stalls
 
@@ -23,8 +24,12 @@ BENCHMARKS: dict[str, Callable[[bool], AbstractContextManager[Comparison | tuple
     "aquila-vl-step": aquila_vl_step,
     "data-path": data_path,
     "stalls": stalls,
+    "plan-time": plan_time,
 }
 """Name -> a function of `quick` (the same path at toy size) that sets the two sides up and clears them away."""
+
+OF_CPU = ("adapter", "plan-time")
+"""Left out where there is a GPU."""
 
 
 def run(names: Sequence[str] = (), quick: bool = False, out: str | Path | None = None) -> int:
@@ -49,4 +54,4 @@ def run(names: Sequence[str] = (), quick: bool = False, out: str | Path | None =
 
 
 def _for_this_machine() -> list[str]:
-    return [name for name in BENCHMARKS if name != "adapter" or not torch.cuda.is_available()]
+    return [name for name in BENCHMARKS if name not in OF_CPU or not torch.cuda.is_available()]

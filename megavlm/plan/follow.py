@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from megavlm.plan.places import Place, Places
 from megavlm.plan.profile import CommOp, GroupName, Kind
-from megavlm.plan.work import is_message, message_of, tensors_in, work_of
+from megavlm.plan.work import Work, is_message, message_of, tensors_in, work_of
 
 _NUMBER = torch.ops.aten._local_scalar_dense.default
 _NORM = torch.ops.aten.linalg_vector_norm.default
@@ -75,11 +75,19 @@ class Follower(TorchDispatchMode):
             out = FakeWork().boxed()  # tensors without data know no joined messages
         elif not without_data and _is_about_numbers(func, args, kwargs, inputs):
             with unset_fake_temporarily():
-                out = func(*args, **kwargs)
+                out = self.compute(func, args, kwargs)
         else:
-            out = func(*args, **kwargs)
+            out = self.compute(func, args, kwargs)
         self._count(func, args, kwargs, inputs, out)
         return out
+
+    def compute(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """What an operation gives."""
+        return func(*args, **kwargs)
+
+    def worked(self, place: Place, work: Work) -> None:
+        """An operation that is no view and no message was done."""
+        self.tallies[place, work.kind, "", ""].add(work.flops, work.bytes)
 
     def _count(self, func: Any, args: Any, kwargs: Any, inputs: list[Tensor], out: Any) -> None:
         place = self.places.now()
@@ -95,8 +103,7 @@ class Follower(TorchDispatchMode):
         outputs = tensors_in(out)
         is_new = self._hold(inputs, outputs)
         if is_new or func._schema.is_mutable:
-            work = work_of(func, args, kwargs, inputs, out)
-            self.tallies[place, work.kind, "", ""].add(work.flops, work.bytes)
+            self.worked(place, work_of(func, args, kwargs, inputs, out))
         if self.live > self.peaks.get(place, -1):
             self.peaks[place] = self.live
             self.peak = max(self.peak, self.live)
