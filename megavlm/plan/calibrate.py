@@ -94,8 +94,8 @@ class TimingFollower(Follower):
 
 
 @dataclass
-class _Trainee:
-    """A decoder that learns: whole steps and followed ones, by the length of its rows."""
+class TimedDecoder:
+    """A decoder that learns, its steps timed as a whole and operation by operation, by the length of its rows."""
 
     run: RunConfig
     groups: Groups
@@ -138,7 +138,7 @@ class _Trainee:
             seed=self.run.train.seed,
             step=0,
             global_batch_size=self.run.train.global_batch_size,
-            micro_batch_size=1,
+            micro_batch_size=self.run.train.micro_batch_size,
             seq_length=tokens,
             vocab_size=self.run.decoder.vocab_size,
             data_rank=0,
@@ -167,7 +167,7 @@ class Meter:
     def __init__(self, groups: Groups, quick: bool = False) -> None:
         """`quick` measures nothing worth knowing."""
         self.quick = quick
-        self.timed, self.small = _Trainee(timed_run(quick), groups), _Trainee(small_run(), groups)
+        self.timed, self.small = TimedDecoder(timed_run(quick), groups), TimedDecoder(small_run(), groups)
         self._round()  # the first steps allocate
 
     def cluster(self) -> Cluster:
