@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -39,7 +40,7 @@ CHIP = "this-CPU"
 TOKENS = (32, 128, 512)
 """Of the rows of the timed decoder."""
 SMALL_TOKENS = 16
-ROUNDS = 5
+ROUNDS = 3
 SMALL_STEPS = 6
 """Of the small decoder in each round."""
 PRODUCT = 1024
@@ -89,8 +90,8 @@ class TimingFollower(Follower):
         self._seconds = time.perf_counter() - began
         return out
 
-    def worked(self, place: Place, work: Work) -> None:
-        self.works.append(TimedWork(*work, self._seconds))
+    def worked(self, place: Place, work: Work, made: int) -> None:
+        self.works.append(TimedWork(*work, made, self._seconds))
 
 
 @dataclass
@@ -123,7 +124,9 @@ class TimedDecoder:
 
     def timing(self, tokens: int) -> Timing:
         """What the rounds of this length say, each operation by the middle one of its times."""
-        same = zip(*self.followed[tokens], strict=True)
+        counts = Counter(len(works) for works in self.followed[tokens])
+        usual = counts.most_common(1)[0][0]  # an address that is used again now and then hides an operation
+        same = zip(*(works for works in self.followed[tokens] if len(works) == usual), strict=True)
         works = [works[0]._replace(seconds=median(work.seconds for work in works)) for works in same]
         return Timing(median(self.wholes[tokens]), works)
 
@@ -190,7 +193,7 @@ class Meter:
 def cluster_of(times: MachineTimes, float32: float, bfloat16: float, copied: float) -> Cluster:
     """What was measured, as a cluster file says it; of peaks, in operations and bytes a second, the higher counts."""
     peak = max(float32, times.matmul, times.attention)
-    bandwidth = max(copied, times.memory, times.operands)
+    bandwidth = max(copied, times.memory)
     threads = torch.get_num_threads()
     says = f"measured on this machine with {threads} threads, in float32"
     # Nobody else is there to send to; what several processes of one machine reach of each other was not measured.
@@ -211,10 +214,11 @@ def cluster_of(times: MachineTimes, float32: float, bfloat16: float, copied: flo
             matmul=times.matmul / peak,
             attention=times.attention / peak,
             memory=times.memory / bandwidth,
-            operands=times.operands / bandwidth,
+            operands=min(times.operands / bandwidth, 1.0),
+            allocated=min(times.allocated / bandwidth, 1.0),
             start_us=times.start * 1e6,
             hides=False,
-            sources=dict.fromkeys(("matmul", "attention", "memory", "operands", "start_us"), says),
+            sources=dict.fromkeys(("matmul", "attention", "memory", "operands", "allocated", "start_us"), says),
         ),
     )
 

@@ -32,11 +32,14 @@ class Efficiency(Config):
     host computes itself they add up."""
     operands: float | None = None
     """Share of the memory's bandwidth at which products read and write their matrices; none: `memory`."""
+    allocated: float | None = None
+    """Share of the memory's bandwidth at which new tensors are given by the system and taken back; none: they cost
+    nothing, as where an allocator keeps what it once had."""
     sources: dict[str, str] = field(default_factory=dict)
     """Where each number comes from."""
 
     def check(self) -> None:
-        for name in ("matmul", "attention", "memory", "fused", "operands"):
+        for name in ("matmul", "attention", "memory", "fused", "operands", "allocated"):
             value = getattr(self, name)
             require(value is None or 0 < value <= 1, self, name, "is outside (0, 1]", "use what was measured")
         require(self.start_us >= 0, self, "start_us", "is negative", "use 0 for none")
@@ -66,6 +69,7 @@ def seconds_of(flops_per_second: float, bytes_per_second: float, efficiency: Eff
     }
     bandwidth = bytes_per_second * efficiency.memory
     of_operands = bytes_per_second * (efficiency.operands or efficiency.memory)
+    of_new = bytes_per_second * efficiency.allocated if efficiency.allocated else float("inf")
     together = max if efficiency.hides else _sum
 
     def seconds(cost: OpCost) -> float:
@@ -73,7 +77,8 @@ def seconds_of(flops_per_second: float, bytes_per_second: float, efficiency: Eff
             return 0.0
         share = efficiency.fused if cost.kind == "memory" else 1.0
         moved = share * cost.bytes / (of_operands if cost.kind == "matmul" else bandwidth)
-        return together(cost.flops / products[cost.kind], moved, share * cost.count * efficiency.start_us * 1e-6)
+        starts = share * cost.count * efficiency.start_us * 1e-6
+        return together(cost.flops / products[cost.kind], moved, cost.made / of_new, starts)
 
     return seconds
 

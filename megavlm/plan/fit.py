@@ -17,7 +17,6 @@ from megavlm.plan.profile import Kind
 REPEATS = 30
 LEAST = 1e-9
 """Of anything that is divided by."""
-KINDS: tuple[Kind, ...] = ("matmul", "attention", "memory")
 
 
 class TimedWork(NamedTuple):
@@ -26,6 +25,7 @@ class TimedWork(NamedTuple):
     kind: Kind
     flops: float
     bytes: float
+    made: float
     seconds: float
 
 
@@ -46,6 +46,8 @@ class MachineTimes(NamedTuple):
     """Bytes a second of all that is no product."""
     operands: float
     """Bytes a second of products' operands and results."""
+    allocated: float
+    """Bytes a second of new tensors, given by the system and taken back."""
     start: float
     """Seconds that an operation takes whatever its size."""
 
@@ -53,63 +55,67 @@ class MachineTimes(NamedTuple):
 def fitted(large: Sequence[Timing], small: Timing) -> MachineTimes:
     """From steps of a decoder, the longest rows last, and of one whose arithmetic takes next to no time.
 
-    Slopes come from single operations, the start from the small decoder's whole steps, since most of it lies between
-    operations. Then all slopes are drawn out alike, until the large decoder's whole step comes out as it was.
+    Slopes come from single operations. What a step takes between them is what new tensors cost when they are given
+    back, and the rest of what an operation takes whatever its size: the small decoder tells them apart. In the end all
+    slopes are drawn out alike, until the large decoder's longest step comes out as it was.
     """
-    works = {kind: [work for work in chain(*(one.works for one in large)) if work.kind == kind] for kind in KINDS}
-    per_byte = _slopes([work._replace(flops=0.0) for work in works["memory"]]).per_byte
-    product = _slopes(works["matmul"])
-    attended = [
-        work._replace(seconds=max(work.seconds - per_byte * work.bytes, LEAST), bytes=0.0)
-        for work in works["attention"]
-    ]
-    slopes: dict[Kind, Slopes] = {
-        "matmul": product,
-        "attention": Slopes(_slopes(attended).per_flop, per_byte),
-        "memory": Slopes(0.0, per_byte),
-    }
+    every = list(chain(*(one.works for one in large)))
+    # Of memory operations the second column is what they allocate.
+    made, memory = _slopes([(work.made, work.bytes, work.seconds) for work in every if work.kind == "memory"])
+    attended = [(w.flops, 0.0, w.seconds - memory * w.bytes - made * w.made) for w in every if w.kind == "attention"]
+    product = _slopes([(w.flops, w.bytes, w.seconds - made * w.made) for w in every if w.kind == "matmul"])
+    given_back = _between(large, small)
+    per_byte: dict[Kind, float] = {"matmul": product[1], "attention": memory, "memory": memory}
+    per_flop: dict[Kind, float] = {"matmul": product[0], "attention": _slopes(attended)[0], "memory": 0.0}
+
+    def grown(timing: Timing) -> float:
+        """Seconds of a step's operations beyond their starts."""
+        return sum(
+            per_flop[work.kind] * work.flops + per_byte[work.kind] * work.bytes + (made + given_back) * work.made
+            for work in timing.works
+        )
+
     whole, drawn, start = large[-1], 1.0, 0.0
     for _ in range(REPEATS):
-        start = max(small.seconds - drawn * _grown(small, slopes), 0.0) / len(small.works)
-        drawn = max(whole.seconds - start * len(whole.works), LEAST) / max(_grown(whole, slopes), LEAST)
+        start = max(small.seconds - drawn * grown(small), 0.0) / len(small.works)
+        drawn = max(whole.seconds - start * len(whole.works), LEAST) / max(grown(whole), LEAST)
     return MachineTimes(
-        matmul=_rate(drawn * product.per_flop),
-        attention=_rate(drawn * slopes["attention"].per_flop),
-        memory=_rate(drawn * per_byte),
-        operands=_rate(drawn * product.per_byte),
+        matmul=_rate(drawn * per_flop["matmul"]),
+        attention=_rate(drawn * per_flop["attention"]),
+        memory=_rate(drawn * memory),
+        operands=_rate(drawn * per_byte["matmul"]),
+        allocated=_rate(drawn * (made + given_back)),
         start=start,
     )
 
 
-class Slopes(NamedTuple):
-    """Seconds of each further unit of work."""
-
-    per_flop: float
-    per_byte: float
-
-
-def _grown(timing: Timing, slopes: dict[Kind, Slopes]) -> float:
-    """Seconds of a step's operations beyond their starts."""
-    return sum(
-        slopes[work.kind].per_flop * work.flops + slopes[work.kind].per_byte * work.bytes for work in timing.works
-    )
+def _between(large: Sequence[Timing], small: Timing) -> float:
+    """Seconds a byte of new tensors, of what steps take between their operations beyond what the small one does."""
+    usual = (small.seconds - sum(work.seconds for work in small.works)) / len(small.works)
+    left = np.array([t.seconds - sum(work.seconds + usual for work in t.works) for t in large])
+    made = np.array([sum(work.made for work in t.works) for t in large])
+    return max(float(left @ made / max(made @ made, LEAST)), 0.0)
 
 
 def _rate(seconds: float) -> float:
     return 1 / max(seconds, LEAST**2)
 
 
-def _slopes(works: Sequence[TimedWork]) -> Slopes:
-    """Of operations of one kind. The fit adds up to what was measured: noise is thought to be in proportion to time."""
-    table = np.array([[1.0, work.flops, work.bytes] for work in works])
-    seconds = np.array([work.seconds for work in works])
+def _slopes(works: Sequence[tuple[float, float, float]]) -> tuple[float, float]:
+    """Seconds of each further unit of work, of two sorts, from operations that took so long.
+
+    The fit adds up to what was measured: noise is thought to be in proportion to time.
+    """
+    first, second, taken = np.array(works).T
+    table = np.stack([np.ones_like(first), first, second], axis=1)
+    seconds = np.maximum(taken, LEAST)
     scale = np.maximum(table.max(0), 1.0)
     weights = 1 / np.sqrt(seconds)
     found = np.zeros(3)
     for _ in range(REPEATS):
         found = _least_squares(table / scale * weights[:, None], seconds * weights)
         weights = 1 / np.sqrt(np.maximum(table / scale @ found, LEAST))
-    return Slopes(*(found / scale)[1:].tolist())
+    return float(found[1] / scale[1]), float(found[2] / scale[2])
 
 
 def _least_squares(table: NDArray[np.float64], values: NDArray[np.float64]) -> NDArray[np.float64]:

@@ -34,11 +34,13 @@ class Tally:
 
     flops: float = 0.0
     bytes: float = 0.0
+    made: float = 0.0
     count: int = 0
 
-    def add(self, flops: float, bytes_: float) -> None:
+    def add(self, flops: float, bytes_: float, made: float = 0.0) -> None:
         self.flops += flops
         self.bytes += bytes_
+        self.made += made
         self.count += 1
 
 
@@ -85,9 +87,9 @@ class Follower(TorchDispatchMode):
         """What an operation gives."""
         return func(*args, **kwargs)
 
-    def worked(self, place: Place, work: Work) -> None:
-        """An operation that is no view and no message was done."""
-        self.tallies[place, work.kind, "", ""].add(work.flops, work.bytes)
+    def worked(self, place: Place, work: Work, made: int) -> None:
+        """An operation that is no view and no message was done, and made storages of so many bytes."""
+        self.tallies[place, work.kind, "", ""].add(work.flops, work.bytes, made)
 
     def _count(self, func: Any, args: Any, kwargs: Any, inputs: list[Tensor], out: Any) -> None:
         place = self.places.now()
@@ -101,25 +103,25 @@ class Follower(TorchDispatchMode):
         if self._waits and place.phase == "backward":
             self._waits = False
         outputs = tensors_in(out)
-        is_new = self._hold(inputs, outputs)
-        if is_new or func._schema.is_mutable:
-            self.worked(place, work_of(func, args, kwargs, inputs, out))
+        made = self._hold(inputs, outputs)
+        if made is not None or func._schema.is_mutable:
+            self.worked(place, work_of(func, args, kwargs, inputs, out), made or 0)
         if self.live > self.peaks.get(place, -1):
             self.peaks[place] = self.live
             self.peak = max(self.peak, self.live)
 
-    def _hold(self, inputs: list[Tensor], outputs: list[Tensor]) -> bool:
-        """Count the storages that an operation made, until they are freed; whether there are any."""
+    def _hold(self, inputs: list[Tensor], outputs: list[Tensor]) -> int | None:
+        """Count the storages that an operation made, until they are freed; their bytes, None where there are none."""
         known = {tensor.untyped_storage()._cdata for tensor in inputs}
-        is_new = False
+        made: int | None = None
         for tensor in outputs:
             storage = tensor.untyped_storage()
             key = storage._cdata
             if key in known or key in self._sizes:
                 continue
-            is_new = True
+            made = (made or 0) + storage.nbytes()
             self.hold(storage)
-        return is_new
+        return made
 
     def hold(self, storage: torch.UntypedStorage) -> None:
         """Count a storage that lives from now on."""

@@ -94,7 +94,9 @@ def _starts(efficiency: Efficiency) -> list[str]:
     """What an operation costs the host, where that adds up."""
     if efficiency.hides:
         return []
-    return [f"each operation takes {efficiency.start_us:.0f} us beside its work, Python included; nothing hides behind it"]
+    return [
+        f"each operation takes {efficiency.start_us:.0f} us beside its work, Python included; nothing hides behind it"
+    ]
 
 
 def as_json(run: RunConfig, evaluation: Evaluation, mix: Mix) -> dict[str, Any]:

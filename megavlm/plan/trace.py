@@ -278,8 +278,19 @@ def _summed(tallies: dict[Label, Tally], chosen: Chosen) -> tuple[OpCost, ...]:
         total, times = sums[place.part, kind, place.phase, group, op], chosen.times_of(place.layer)
         total.flops += times * tally.flops
         total.bytes += times * tally.bytes
+        total.made += times * tally.made
         total.count += times * tally.count
     return tuple(
-        OpCost(part=part, kind=kind, phase=phase, group=group, op=op, flops=t.flops, bytes=t.bytes, count=t.count)
+        OpCost(
+            part=part,
+            kind=kind,
+            phase=phase,
+            group=group,
+            op=op,
+            flops=t.flops,
+            bytes=t.bytes,
+            made=t.made,
+            count=t.count,
+        )
         for (part, kind, phase, group, op), t in sums.items()
     )
