@@ -15,7 +15,7 @@ from megavlm.build.from_checkpoint import run_from_checkpoint
 from megavlm.build.from_folder import run_from_folder
 from megavlm.build.log_config import check_installed
 from megavlm.build.model import build_model
-from megavlm.build.run_config import PrecisionConfig, RunConfig, check_degrees, check_for_world
+from megavlm.build.run_config import CrossAttentionConfig, PrecisionConfig, RunConfig, check_degrees, check_for_world
 from megavlm.curriculum.options import chosen_stages, parse_stage_options
 from megavlm.curriculum.run import train_stages
 from megavlm.curriculum.stages import place_stages
@@ -212,7 +212,9 @@ def _import_eva(arguments: list[str]) -> None:
         own["--vision"],
         eva_tower(own["--tower"]),
         own["--model-type"],
-        _whole_number("--cross-attn-every-n-layers", own["--cross-attn-every-n-layers"]),
+        CrossAttentionConfig(
+            every_n_layers=_whole_number("--cross-attn-every-n-layers", own["--cross-attn-every-n-layers"])
+        ),
         own["--out"],
         dtype=_dtype(own, rest),
         seed=_whole_number("--seed", own.get("--seed", "1234")),

@@ -53,12 +53,13 @@ install_torch() {
         logged pip_install --index-url "$cpu_index" "torch==$torch_version"
 }
 
-install_dali() {
-    # 270 MB to fetch, and no test but its own needs it: so a machine that cannot have it soon does without.
+install_if_soon() {
+    # Extras of which only their own tests know: a machine that cannot have one soon does without.
+    local extra=$1 name=$2
     if [[ $(uname -sm) != "Linux x86_64" ]] ||
         ! timeout 120 "$venv/bin/pip" --disable-pip-version-check --quiet install --constraint constraints.txt \
-            --editable '.[dali]' >>"$log" 2>&1; then
-        echo "setup: without NVIDIA DALI, which could not be installed; its tests will be skipped (see $log)"
+            --editable ".[$extra]" >>"$log" 2>&1; then
+        echo "setup: without $name, which could not be installed; its tests will be skipped (see $log)"
     fi
 }
 
@@ -73,5 +74,6 @@ fi
 : >"$log"
 install_torch
 logged pip_install --constraint constraints.txt --editable '.[dev]'
-install_dali
+install_if_soon dali "NVIDIA DALI"  # 270 MB to fetch
+install_if_soon energon "Megatron-Energon"
 echo "setup: $("$venv/bin/python" -V), everything in $venv"

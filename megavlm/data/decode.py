@@ -184,6 +184,16 @@ def has_dali() -> bool:
     return True
 
 
+def decode_problems(pictures: Sequence[EncodedPicture], rule: PixelRule, limits: ImageLimits) -> list[DataError | None]:
+    """Of each picture why it cannot be decoded and resized, by PIL and in this thread; the pixels are dropped."""
+    batch = batch_of(pictures, rule)
+    buffer = torch.empty(batch.bytes, dtype=torch.uint8)
+    for job in batch.jobs:
+        if batch.problems[job.picture] is None:
+            batch.problems[job.picture] = fill_by_pil(rule, resize_quick, limits, buffer, job)
+    return batch.problems
+
+
 def fill_by_pil(rule: PixelRule, resize: Resize, limits: ImageLimits, buffer: Tensor, job: Job) -> DataError | None:
     """Decode a file and store its resized pictures, or say why that failed."""
     try:

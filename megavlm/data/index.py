@@ -146,6 +146,11 @@ class Index:
         return {shard["name"]: shard["bytes"] for shard in self._about["shards"]}
 
     @property
+    def shard_sums(self) -> dict[str, str]:
+        """Name -> SHA-256 of each shard."""
+        return {shard["name"]: shard["sha256"] for shard in self._about["shards"]}
+
+    @property
     def content_hash(self) -> str:
         """Tells whether two indexes describe the same samples, all their bytes included."""
         return content_hash(self._about)
@@ -156,6 +161,11 @@ class Index:
         if numbers.size and not (numbers.min() >= 0 and numbers.max() < len(self)):
             raise IndexError(f"sample {numbers.min()} or {numbers.max()} of {len(self)}")
         return np.searchsorted(self.first_sample, numbers, side="right").astype(np.int64) - 1
+
+    def json_offsets(self, shard: int) -> Ints:
+        """Where the JSON members of a shard's samples lie in it."""
+        numbers = np.arange(self.first_sample[shard], self.first_sample[shard + 1])
+        return self._places("json", numbers).offset
 
     def rows(self, samples: ArrayLike) -> SampleRows:
         """What is needed to read these samples."""

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megavlm.config import require
+from megavlm.data.energon import META_FOLDER, check_can_write, has_ours, show_to_energon
 from megavlm.data.index import DATASET_FILE, Index, IndexReport
 from megavlm.data.index_build import build_index
 from megavlm.data.look import CountWords, WordsConfig, image_token
@@ -28,6 +29,9 @@ class IndexConfig(WordsConfig):
     """Local folder that takes the index, where the shards are in an object store."""
     workers: int | None = None
     """Processes; by default one for each core."""
+    energon: bool = False
+    """Let Megatron-Energon open the folder as well: `.nv-meta`, and a small .tar.idx beside each shard. What was made
+    of former shards is made anew in any case."""
 
     def check(self) -> None:
         require(self.workers is None or self.workers >= 1, self, "workers", "is below 1", "use 1 or more")
@@ -44,9 +48,18 @@ def index_folder(folder: str, config: IndexConfig) -> str:
 
     Counting takes the index that is there, and makes one where there is none.
     """
-    into = config.into or folder
+    if config.energon:
+        check_can_write(folder)
+    done = _index_and_count(folder, config.into or folder, config)
+    if config.energon or has_ours(folder):
+        show_to_energon(folder, config.into, workers=config.processes)
+        done.append(f"Megatron-Energon opens {folder}: {META_FOLDER} describes its shards")
+    return "\n".join(done)
+
+
+def _index_and_count(folder: str, into: str, config: IndexConfig) -> list[str]:
     if config.tokenizer is None:
-        return summary(_indexed(folder, config), into)
+        return [summary(_indexed(folder, config), into)]
     words = config.words  # before hours of work
     done = []
     if "://" in into or not (Path(into) / DATASET_FILE).exists():
@@ -66,7 +79,7 @@ def index_folder(folder: str, config: IndexConfig) -> str:
         on_progress=lambda _, samples: progress.update(samples),
     )
     progress.finish(report.samples)
-    return "\n".join([*done, *counted(words.name, report)])
+    return [*done, *counted(words.name, report)]
 
 
 def counted(name: str, report: CountReport) -> list[str]:

@@ -1,6 +1,7 @@
-"""Every sample through the whole path, as in training but without it: read, checksums, decode, tile, tokenise, labels.
+"""Every sample through the whole path, as in training but without it: read, checksums, decode, resize, tokens, labels.
 
-What is found to be wrong is told in the order of the samples, whatever thread found it.
+Of the pixels only the last step is left out, from tiles to patch rows, which no file can stop. What is found to be
+wrong is told in the order of the samples, whatever thread found it.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from typing import NamedTuple
 
 from megavlm.batch import IGNORED
 from megavlm.config import require
-from megavlm.data.decode import Decoder, EncodedPicture
+from megavlm.data.decode import DEFAULT_DECODE, EncodedPicture, decode_problems
 from megavlm.data.formats import Document, SampleFormat
 from megavlm.data.index import Index, Pictures, TokenCounts
 from megavlm.data.look import LookConfig
@@ -98,7 +99,7 @@ def lint(folder: str, config: LintConfig, on_bad: Callable[[Bad], None]) -> Lint
     index.verify()
     report = LintReport(len(index))
     threads = config.threads or len(os.sched_getaffinity(0))
-    linter = _Linter(folder, index, words, config.decoder(threads), config)
+    linter = _Linter(folder, index, words, config)
     if linter.counts is None:
         command = f"megavlm data index {folder} {words.options}"
         report.note = f"there are no token counts of this tokenizer and template to check: `{command}` makes them"
@@ -136,8 +137,8 @@ def _in_order(look: Callable[[int], _Seen], samples: Iterable[int], threads: int
 class _Linter:
     """Looks at one sample at a time; many threads may."""
 
-    def __init__(self, folder: str, index: Index, words: SampleFormat, decoder: Decoder, config: LintConfig) -> None:
-        self.index, self.words, self.decoder, self.most = index, words, decoder, config.max_tokens
+    def __init__(self, folder: str, index: Index, words: SampleFormat, config: LintConfig) -> None:
+        self.index, self.words, self.rule, self.most = index, words, config.rule, config.max_tokens
         self.reader = ShardReader(folder, index)
         self.counts: TokenCounts | None = None
         if words.name in index.token_sets():
@@ -187,7 +188,8 @@ class _Linter:
             EncodedPicture(tuple(files[place] for place in one.files), one.plan, f"picture {number}")
             for number, one in enumerate(document.pictures)
         ]
-        return next((str(problem) for problem in self.decoder.decode_rows(encoded).problems if problem), "")
+        problems = decode_problems(encoded, self.rule, DEFAULT_DECODE.limits)
+        return next((str(problem) for problem in problems if problem), "")
 
     def _of_counts(self, number: int, pictures: Pictures, tokens: int, targets: int) -> str:
         if self.counts is None:

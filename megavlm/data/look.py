@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from megavlm.config import Config, require
 from megavlm.data.chat import ChatConfig
 from megavlm.data.decode import DecodeConfig, Decoder, open_decoder
-from megavlm.data.decode_jobs import CLIP, TILED
+from megavlm.data.decode_jobs import CLIP, TILED, PixelRule
 from megavlm.data.formats import AttendedFormat, SampleFormat, SplicedFormat, Words
 from megavlm.data.sample import IMAGE_TAG, VIDEO_TAG, Sample
 from megavlm.data.tokenizer import Tokenizer
@@ -82,10 +82,15 @@ class LookConfig(WordsConfig):
         """What is taken of pictures that are not cut."""
         return GridConfig(tile_size=self.tile_size or 224, patch_size=self.patch_size, tiling="single")
 
+    @property
+    def rule(self) -> PixelRule:
+        """What becomes of the format's pictures."""
+        return CLIP if self.cut is None else TILED
+
     def decoder(self, threads: int) -> Decoder:
         """What decodes pictures for the format."""
         config = DecodeConfig(decoder="exact", threads=threads)
-        return open_decoder(CLIP, self.square, config) if self.cut is None else open_decoder(TILED, self.cut, config)
+        return open_decoder(self.rule, self.square if self.cut is None else self.cut, config)
 
     @property
     def grid_in_words(self) -> str:

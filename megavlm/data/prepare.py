@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from megavlm.config import Config, require
+from megavlm.data.energon import show_to_energon
 from megavlm.data.files import atomic_file
 from megavlm.data.index import DATASET_FILE, INDEX_FOLDER, REFUSED_FILE, Index, IndexReport
 from megavlm.data.mixture import load_mixture
@@ -61,6 +62,8 @@ class PrepareConfig(Config):
     """Records that one process works on at a time. Each chunk makes shards of its own."""
     seed: int = 1234
     """Seed of random:N in a mixture."""
+    energon: bool = True
+    """Whether the folder opens in Megatron-Energon as well: `.nv-meta`, and a small .tar.idx beside each shard."""
     read: ReadOptions = field(default_factory=ReadOptions)
     """What readers may take."""
 
@@ -79,6 +82,13 @@ class PrepareConfig(Config):
 
 def prepare(sources: Sequence[str], config: PrepareConfig) -> IndexReport:
     """Prepare the sources, and those of the mixture, into one folder; where that was done already, its report."""
+    report = _prepared(sources, config)
+    if config.energon and report.samples:
+        show_to_energon(_out(config), workers=_pool(config))
+    return report
+
+
+def _prepared(sources: Sequence[str], config: PrepareConfig) -> IndexReport:
     wanted = _wanted(sources, config)
     files = input_files(wanted)
     plan = _plan(wanted, files, config)
@@ -95,11 +105,16 @@ def prepare(sources: Sequence[str], config: PrepareConfig) -> IndexReport:
             out,
             target_bytes=config.shard_size * MIB,
             plan=plan,
-            workers=config.processes if config.processes > 1 else 0,
+            workers=_pool(config),
             on_progress=lambda _, samples: progress.update(samples),
         )
         progress.finish(total)
     return report
+
+
+def _pool(config: PrepareConfig) -> int:
+    """Worker processes; 0: none."""
+    return config.processes if config.processes > 1 else 0
 
 
 def _out(config: PrepareConfig) -> Path:
@@ -127,7 +142,7 @@ def _plan(sources: Sequence[Source], files: Sequence[InputFile], config: Prepare
     """What decides all that is written: with the same plan, work that was broken off is gone on with."""
     listed = json.dumps(files).encode()
     settings = config.to_dict()
-    for name in ("out", "workers"):  # which change nothing that is written
+    for name in ("out", "workers", "energon"):  # which change nothing in shards and index
         del settings[name]
     return {
         "sources": [source._asdict() for source in sources],

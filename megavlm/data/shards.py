@@ -9,9 +9,7 @@ end the shards are numbered `shard-00000.tar` and so on, in the order of the chu
 A sample is `<key>.json` (see `sample_json`) and `<key>.<n>.<ending>` for its picture files, the ending told by their
 first bytes. A key is `<chunk>-<number within it>`: unique in the dataset, without a dot, as Energon wants it; the
 sample's own id, which may be anything, stands in its JSON. Plain tar, webdataset and this package read a folder as it
-is; for Energon, once:
-
-    energon prepare --non-interactive --split-ratio 1,0,0 --sample-type CrudeWebdataset FOLDER
+is; `energon` adds what Megatron-Energon wants beside the shards.
 """
 
 from __future__ import annotations

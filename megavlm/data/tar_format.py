@@ -7,7 +7,7 @@ It knows what tar, GNU tar and Python write for plain files: ustar, long names, 
 from __future__ import annotations
 
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -45,6 +45,8 @@ class Member:
     offset: int
     """Where its content begins in the archive."""
     size: int
+    start: int
+    """Where the headers that tell of it begin."""
 
 
 def member_header(name: str, size: int) -> bytes:
@@ -60,18 +62,24 @@ def padding(size: int, to: int = BLOCK) -> bytes:
 
 
 class TarReader:
-    """The members of an archive of `size` bytes in their order; DamagedTar where it breaks off or makes no sense."""
+    """The members of an archive of `size` bytes in their order; DamagedTar where it breaks off or makes no sense.
 
-    def __init__(self, stream: Stream, size: int) -> None:
-        self._stream, self._size = stream, size
+    `skip` passes over so many bytes of the stream, where that is faster than reading them.
+    """
+
+    def __init__(self, stream: Stream, size: int, skip: Callable[[int], object] | None = None) -> None:
+        self._stream, self._size, self._skip = stream, size, skip
         self._at = 0
         self._next = 0  # where the next header begins
 
     def __iter__(self) -> Iterator[Member]:
         name: str | None = None  # what a PAX header or a GNU long name says of the member behind it
         size: int | None = None
+        start: int | None = None  # where the first such header begins
         while header := self._header():
             kind = header[156:157]
+            if kind in (b"L", b"K", b"x") and start is None:
+                start = self._at - BLOCK
             if kind == b"L":
                 name = _text(self._extra(header).rstrip(b"\0"))
             elif kind == b"x":
@@ -82,8 +90,8 @@ class TarReader:
             elif kind == b"S":
                 raise self._damage("a member is stored with holes")
             else:
-                yield self._member(header, name, size)
-                name, size = None, None
+                yield self._member(header, name, size, start)
+                name, size, start = None, None, None
 
     def read(self, member: Member) -> bytes:
         """The content of the member that came last; its size is the caller's to limit."""
@@ -100,6 +108,9 @@ class TarReader:
             raise self._damage("something follows the end of the archive")
 
     def _header(self) -> bytes | None:
+        if self._skip is not None and self._at < self._next:
+            self._skip(self._next - self._at)
+            self._at = self._next
         while self._at < self._next:
             self._take(min(_MOST_AT_ONCE, self._next - self._at))
         header = self._take(BLOCK)
@@ -121,7 +132,9 @@ class TarReader:
             raise self._damage("a name is too long")
         return self.read(member)
 
-    def _member(self, header: bytes, name: str | None = None, size: int | None = None) -> Member:
+    def _member(
+        self, header: bytes, name: str | None = None, size: int | None = None, start: int | None = None
+    ) -> Member:
         kind = header[156:157]
         length = self._number(header[124:136]) if size is None else size
         if kind in _WITHOUT_CONTENT:
@@ -129,7 +142,8 @@ class TarReader:
         if length > self._size - self._at:
             raise self._damage(f"a member of {length} bytes reaches past the end")
         self._next = self._at + length + -length % BLOCK
-        return Member(_header_name(header) if name is None else name, kind in _FILE_TYPES, self._at, length)
+        name = _header_name(header) if name is None else name
+        return Member(name, kind in _FILE_TYPES, self._at, length, self._at - BLOCK if start is None else start)
 
     def _pax(self, content: bytes) -> dict[str, str]:
         """Path and size of a PAX header's lines, `length key=value`."""

@@ -38,21 +38,25 @@ def assemble_infimm(
     vision: str | Path,
     tower: EvaConfig,
     model_type: str,
-    every_n_layers: int,
+    cross_attention: CrossAttentionConfig,
     out: str | Path,
     *,
     dtype: torch.dtype,
     seed: int = 1234,
+    resampler: ResamplerConfig | None = None,
 ) -> None:
-    """Write the folder `out`; both parts are checked tensor by tensor before the first is written."""
+    """Write the folder `out`; both parts are checked tensor by tensor before the first is written.
+
+    The resampler is of the released sizes where none is given.
+    """
     with HFFolder.open(language) as text, HFFolder.open_file(vision) as eyes:
         plain = DecoderConfig.from_hf(text.config, f"{language}/config.json")
         decoder = plain.replace(vocab_size=plain.vocab_size + NEW_TOKENS)
         parts = InfiMMConfig(
             model_type=model_type,
             tower=tower,
-            resampler=ResamplerConfig(width=tower.width),
-            cross_attention=CrossAttentionConfig(every_n_layers=every_n_layers),
+            resampler=resampler or ResamplerConfig(width=tower.width),
+            cross_attention=cross_attention,
             eoc_token_id=plain.vocab_size,
             image_token_id=plain.vocab_size + 1,
         )

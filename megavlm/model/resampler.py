@@ -135,15 +135,15 @@ def _linear(ours: str, theirs: str, shape: str) -> Entry:
 
 _LAYER = "layers.{i}."
 
-# Letters of shapes: D width, L latents, I width of all heads (2I is twice that), E inner width of the MLP.
+# Letters of shapes: D width, L latents, R width of all heads (2R is twice that), E inner width of the MLP.
 _ENTRIES = (
     Entry("latents", {"latents": "L D"}, fresh="unit normal"),
     *_norm("norm", "norm"),
     *_norm(_LAYER + "attention.features_norm", _LAYER + "0.norm_media"),
     *_norm(_LAYER + "attention.latents_norm", _LAYER + "0.norm_latents"),
-    _linear(_LAYER + "attention.to_q", _LAYER + "0.to_q", "I D"),
-    _linear(_LAYER + "attention.to_kv", _LAYER + "0.to_kv", "2I D"),
-    _linear(_LAYER + "attention.to_out", _LAYER + "0.to_out", "D I"),
+    _linear(_LAYER + "attention.to_q", _LAYER + "0.to_q", "R D"),
+    _linear(_LAYER + "attention.to_kv", _LAYER + "0.to_kv", "2R D"),
+    _linear(_LAYER + "attention.to_out", _LAYER + "0.to_out", "D R"),
     *_norm(_LAYER + "mlp.norm", _LAYER + "1.0"),
     _linear(_LAYER + "mlp.up", _LAYER + "1.1", "E D"),
     _linear(_LAYER + "mlp.down", _LAYER + "1.3", "D E"),
@@ -157,8 +157,8 @@ def resampler_state_map(config: ResamplerConfig, theirs: str = "model.perceiver.
         sizes={
             "D": config.width,
             "L": config.num_latents,
-            "I": config.inner_width,
-            "2I": 2 * config.inner_width,
+            "R": config.inner_width,
+            "2R": 2 * config.inner_width,
             "E": config.mlp_ratio * config.width,
         },
         query_groups=1,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from typing import Any
 
@@ -93,17 +94,22 @@ class Checkpointing:
         if self._manager is not None:
             self._manager.finish(self._state)
 
-    def finish(self, step: int) -> None:
-        """Save the end of the run, and wait until it is on disk."""
+    def finish(self, step: int) -> float | None:
+        """Save the end of the run, and wait until it is on disk; return for how many milliseconds that took, if it was
+        not saved already."""
         if self._manager is None:
-            return
+            return None
         self._manager.finish(self._state)
+        took = None
         if self._manager.last_saved != step:
+            began = time.perf_counter()
             self._manager.save(self._state, step)
             self._manager.finish(self._state)
+            took = (time.perf_counter() - began) * 1000
         if self._manager.last_saved != step:
             remedy = "make room, and run the same command again"
             raise CheckpointError("--save", self._settings.save_to, f"the last step, {step}, is not saved", remedy)
+        return took
 
     def check_frozen(self) -> None:
         """At the end of training: that no bit of what is frozen has changed; every rank calls it."""

@@ -67,13 +67,14 @@ def train(run: RunConfig, groups: Groups) -> Outcome:
             if stopped:
                 break
             progress.next_step()
+        blocked = training.checkpointing.finish(iteration) if iteration > done or not stopped else None
+        if blocked is not None:
+            chain.saved(iteration, blocked)
     except DivergedError:
         training.checkpointing.wait()
         raise
     finally:
         chain.end(iteration)
-    if iteration > done or not stopped:
-        training.checkpointing.finish(iteration)
     gather_parameters(training.chunks)
     if iteration >= run.train.train_iters:
         training.checkpointing.check_frozen()

@@ -17,18 +17,20 @@ from safetensors.torch import load_file, save_file
 
 from megavlm.build.from_folder import run_from_folder
 from megavlm.build.model import build_model
-from megavlm.build.run_config import ParallelConfig, PrecisionConfig, RunConfig
+from megavlm.build.run_config import CrossAttentionConfig, ParallelConfig, PrecisionConfig, RunConfig
 from megavlm.errors import MegavlmError, WeightsError
 from megavlm.export.assemble import assemble_infimm, normalise_infimm
 from megavlm.export.hf_export import export_model
 from megavlm.infer.cases import Case, case_batches, read_cases
 from megavlm.infer.logits import compute_logits
 from megavlm.infer.verify import table, verify
+from megavlm.model.resampler import ResamplerConfig
 from megavlm.parallel import groups as process_groups
 from megavlm.testing import spawn
 
 GOLDEN = Path(__file__).parents[1] / "fixtures" / "infimm_zephyr_tiny"
 
+GATED = CrossAttentionConfig(every_n_layers=2)
 TOWERS = {name: TINY[name] for name in ("L", "g", "E")}
 
 
@@ -102,7 +104,7 @@ def compare_with_the_bare_decoder(assembled: Path, language: Path) -> None:
 def test_assembled_with_closed_gates_is_the_decoder(tower: str, parts: Path, tmp_path: Path) -> None:
     out = tmp_path / "infimm"
     vision = parts / f"{tower}.pt"
-    assemble_infimm(parts / "llm", vision, TOWERS[tower], "infimm-llama", 2, out, dtype=torch.float32)
+    assemble_infimm(parts / "llm", vision, TOWERS[tower], "infimm-llama", GATED, out, dtype=torch.float32)
     spawn(compare_with_the_bare_decoder, 1, out, parts / "llm")
 
 
@@ -144,13 +146,32 @@ def verify_under(folder: Path, cases: Path, degrees: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("tower, every", [("L", 1), ("g", 1), ("g", 4), ("E", 2), ("E", 4)])
 def test_equals_transformers_for_all_towers_and_spacings(tower: str, every: int, parts: Path, tmp_path: Path) -> None:
+    gated = CrossAttentionConfig(every_n_layers=every)
     out, cases = tmp_path / "infimm", tmp_path / "cases.safetensors"
     vision = parts / f"{tower}.pt"
-    assemble_infimm(parts / "llm", vision, TOWERS[tower], "infimm-llama", every, out, dtype=torch.float32)
+    assemble_infimm(parts / "llm", vision, TOWERS[tower], "infimm-llama", gated, out, dtype=torch.float32)
     open_gates(out)
     transformers_cases(out, cases)
     spawn(verify_under, 2, out, cases, {"tensor_model_parallel_size": 2, "sequence_parallel": True})
     spawn(verify_under, 2, out, cases, {"pipeline_model_parallel_size": 2})
+
+
+def test_equals_transformers_with_sizes_of_its_own(parts: Path, tmp_path: Path) -> None:
+    out, cases = tmp_path / "infimm", tmp_path / "cases.safetensors"
+    gated = CrossAttentionConfig(every_n_layers=2, heads=4, head_width=12, ff_multiple=3, norm_epsilon=1e-4)
+    resampler = ResamplerConfig(
+        width=TOWERS["g"].width, depth=3, num_latents=7, heads=2, head_width=20, mlp_ratio=2, norm_epsilon=1e-3
+    )
+    assemble_infimm(
+        *(parts / "llm", parts / "g.pt", TOWERS["g"], "infimm-llama", gated, out),
+        dtype=torch.float32,
+        resampler=resampler,
+    )
+    run = run_from_folder(out)
+    assert run.infimm is not None and (run.infimm.resampler, run.infimm.cross_attention) == (resampler, gated)
+    open_gates(out)
+    transformers_cases(out, cases)
+    spawn(verify_under, 2, out, cases, {"tensor_model_parallel_size": 2, "sequence_parallel": True})
 
 
 def test_released_bin_with_doubled_names(tmp_path: Path) -> None:
@@ -270,7 +291,7 @@ def test_bad_folders_end_in_one_line(damage: Any, message: str, tmp_path: Path) 
 )
 def test_images_that_do_not_fit_their_tags(images: torch.Tensor, message: str, parts: Path, tmp_path: Path) -> None:
     out = tmp_path / "infimm"
-    assemble_infimm(parts / "llm", parts / "g.pt", TOWERS["g"], "infimm-llama", 2, out, dtype=torch.float32)
+    assemble_infimm(parts / "llm", parts / "g.pt", TOWERS["g"], "infimm-llama", GATED, out, dtype=torch.float32)
     run = run_from_folder(out)
     case = case_with_images(run)
     case.images = images

@@ -7,6 +7,9 @@ from typing import Any
 from transformers import LlamaConfig, MistralConfig, PretrainedConfig
 
 _LANGUAGE_CONFIGS = {"mistral": MistralConfig, "llama": LlamaConfig}
+RESAMPLER = {"depth": 6, "num_latents": 64, "heads": 8, "head_width": 64, "mlp_ratio": 4, "norm_epsilon": 1e-5}
+CROSS_ATTENTION = {"heads": 8, "head_width": 64, "ff_multiple": 4, "norm_epsilon": 1e-5}
+"""Sizes of the released models, which their config.json does not tell."""
 
 
 class InfiMMConfig(PretrainedConfig):
@@ -16,6 +19,7 @@ class InfiMMConfig(PretrainedConfig):
     language: the decoder's configuration, as an object or a dictionary.
     cross_attn_every_n_layers: a gated block stands before decoder layers n, 2n, ... (counted from 1).
     image_token_id, eoc_token_id: `<image>`, which stands for an image, and `<|endofchunk|>`.
+    resampler, cross_attention: sizes that differ from those of the released models.
     """
 
     language_model_type = "mistral"
@@ -29,6 +33,8 @@ class InfiMMConfig(PretrainedConfig):
         cross_attn_every_n_layers: int = 2,
         image_token_id: int = 32001,
         eoc_token_id: int = 32000,
+        resampler: dict[str, Any] | None = None,
+        cross_attention: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
         self.visual = visual or {}
@@ -36,6 +42,8 @@ class InfiMMConfig(PretrainedConfig):
         self.cross_attn_every_n_layers = cross_attn_every_n_layers
         self.image_token_id = image_token_id
         self.eoc_token_id = eoc_token_id
+        self.resampler = {**RESAMPLER, **(resampler or {})}
+        self.cross_attention = {**CROSS_ATTENTION, **(cross_attention or {})}
         # Said here and not left to the library's default: the released embeddings and heads are two tensors.
         kwargs.setdefault("tie_word_embeddings", False)
         super().__init__(**kwargs)

@@ -19,9 +19,6 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from .configuration_infimm import InfiMMConfig, InfiMMLlamaConfig, InfiMMVicunaConfig, InfiMMZephyrConfig
 from .vision_infimm import (
-    HEAD_WIDTH,
-    HEADS,
-    LATENTS,
     EvaAttention,
     EvaTower,
     PerceiverResampler,
@@ -62,18 +59,19 @@ class MediaView(NamedTuple):
 class MaskedCrossAttention(nn.Module):
     """Attention from text to latents."""
 
-    def __init__(self, width: int, media_width: int, layer: int) -> None:
+    def __init__(self, width: int, media_width: int, layer: int, sizes: dict[str, Any]) -> None:
         super().__init__()
-        inner = HEADS * HEAD_WIDTH
+        self.heads = sizes["heads"]
+        inner = self.heads * sizes["head_width"]
         self.layer = layer
-        self.norm = nn.LayerNorm(width)
+        self.norm = nn.LayerNorm(width, sizes["norm_epsilon"])
         self.to_q = nn.Linear(width, inner, bias=False)
         self.to_kv = nn.Linear(media_width, 2 * inner, bias=False)
         self.to_out = nn.Linear(inner, width, bias=False)
 
     def forward(self, x: Tensor, view: MediaView) -> Tensor:
         k, v = self._keys_values(view.media, x.device)
-        q = split_heads(self.to_q(self.norm(x)), HEADS)
+        q = split_heads(self.to_q(self.norm(x)), self.heads)
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=view.mask)
         return self.to_out(out.transpose(1, 2).flatten(2) * view.sees_image)
 
@@ -81,18 +79,18 @@ class MaskedCrossAttention(nn.Module):
         if self.layer not in media.keys_values:
             # With a device map the layers lie on several devices, and the latents on the first.
             k, v = self.to_kv(media.latents.flatten(1, 2).to(device)).chunk(2, dim=-1)
-            media.keys_values[self.layer] = split_heads(k, HEADS), split_heads(v, HEADS)
+            media.keys_values[self.layer] = split_heads(k, self.heads), split_heads(v, self.heads)
         return media.keys_values[self.layer]
 
 
 class GatedCrossAttentionBlock(nn.Module):
     """Cross-attention and a feed-forward, each through a gate that training starts at zero."""
 
-    def __init__(self, width: int, media_width: int, layer: int) -> None:
+    def __init__(self, width: int, media_width: int, layer: int, sizes: dict[str, Any]) -> None:
         super().__init__()
-        self.attn = MaskedCrossAttention(width, media_width, layer)
+        self.attn = MaskedCrossAttention(width, media_width, layer, sizes)
         self.attn_gate = nn.Parameter(torch.zeros(1))
-        self.ff = feed_forward(width)
+        self.ff = feed_forward(width, sizes["ff_multiple"], sizes["norm_epsilon"])
         self.ff_gate = nn.Parameter(torch.zeros(1))
 
     def forward(self, x: Tensor, view: MediaView) -> Tensor:
@@ -121,13 +119,13 @@ class Flamingo(nn.Module):
         super().__init__()
         language, media_width = config.language, config.visual["width"]
         self.vision_encoder = EvaTower(config.visual)
-        self.perceiver = PerceiverResampler(media_width)
+        self.perceiver = PerceiverResampler(media_width, config.resampler)
         self.lang_encoder = _LANGUAGE_MODELS[language.model_type](language)
         decoder = self.lang_encoder.model
         decoder.layers = nn.ModuleList(
             FlamingoLayer(
                 layer,
-                GatedCrossAttentionBlock(language.hidden_size, media_width, i)
+                GatedCrossAttentionBlock(language.hidden_size, media_width, i, config.cross_attention)
                 if (i + 1) % config.cross_attn_every_n_layers == 0
                 else None,
             )
@@ -328,7 +326,7 @@ class InfiMMModel(PreTrainedModel, GenerationMixin):
             text_time = counts.expand(input_ids.shape)
         else:
             text_time = torch.minimum((input_ids == self.config.image_token_id).cumsum(dim=1), counts)
-        image_of_latent = torch.arange(1, images + 1, device=text_time.device).repeat_interleave(LATENTS)
+        image_of_latent = torch.arange(1, images + 1, device=text_time.device).repeat_interleave(media.latents.size(2))
         text_time = text_time.unsqueeze(-1)
         mask = (text_time == image_of_latent) | (text_time == 0)
         as_factor = media.latents.dtype

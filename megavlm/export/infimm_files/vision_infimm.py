@@ -13,10 +13,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 TOWER_NORM_EPSILON = 1e-6
-RESAMPLER_LAYERS = 6
-LATENTS = 64
-HEADS, HEAD_WIDTH = 8, 64
-"""Attention of the resampler, and of the gated blocks as well."""
 
 
 class EvaTower(nn.Module):
@@ -157,11 +153,11 @@ class GeluMLP(nn.Module):
 class PerceiverResampler(nn.Module):
     """A fixed number of latents for each image, whatever its number of tokens."""
 
-    def __init__(self, width: int) -> None:
+    def __init__(self, width: int, sizes: dict[str, Any]) -> None:
         super().__init__()
-        self.latents = nn.Parameter(torch.randn(LATENTS, width))
-        self.layers = nn.ModuleList(PerceiverLayer(width) for _ in range(RESAMPLER_LAYERS))
-        self.norm = nn.LayerNorm(width)
+        self.latents = nn.Parameter(torch.randn(sizes["num_latents"], width))
+        self.layers = nn.ModuleList(PerceiverLayer(width, sizes) for _ in range(sizes["depth"]))
+        self.norm = nn.LayerNorm(width, sizes["norm_epsilon"])
 
     def forward(self, features: Tensor) -> Tensor:
         """[n, t, D] -> [n, l, D]."""
@@ -174,8 +170,10 @@ class PerceiverResampler(nn.Module):
 class PerceiverLayer(nn.ModuleList):
     """Attention and feed-forward; a list, because the released weights number the two."""
 
-    def __init__(self, width: int) -> None:
-        super().__init__([PerceiverAttention(width), feed_forward(width)])
+    def __init__(self, width: int, sizes: dict[str, Any]) -> None:
+        super().__init__(
+            [PerceiverAttention(width, sizes), feed_forward(width, sizes["mlp_ratio"], sizes["norm_epsilon"])]
+        )
 
     def forward(self, features: Tensor, latents: Tensor) -> Tensor:
         latents = latents + self[0](features, latents)
@@ -185,11 +183,12 @@ class PerceiverLayer(nn.ModuleList):
 class PerceiverAttention(nn.Module):
     """Attention from an image's latents to its tokens and to the latents themselves."""
 
-    def __init__(self, width: int) -> None:
+    def __init__(self, width: int, sizes: dict[str, Any]) -> None:
         super().__init__()
-        inner = HEADS * HEAD_WIDTH
-        self.norm_media = nn.LayerNorm(width)
-        self.norm_latents = nn.LayerNorm(width)
+        self.heads = sizes["heads"]
+        inner = self.heads * sizes["head_width"]
+        self.norm_media = nn.LayerNorm(width, sizes["norm_epsilon"])
+        self.norm_latents = nn.LayerNorm(width, sizes["norm_epsilon"])
         self.to_q = nn.Linear(width, inner, bias=False)
         self.to_kv = nn.Linear(width, 2 * inner, bias=False)
         self.to_out = nn.Linear(inner, width, bias=False)
@@ -197,14 +196,18 @@ class PerceiverAttention(nn.Module):
     def forward(self, features: Tensor, latents: Tensor) -> Tensor:
         latents = self.norm_latents(latents)
         k, v = self.to_kv(torch.cat([self.norm_media(features), latents], dim=1)).chunk(2, dim=-1)
-        q, k, v = (split_heads(part, HEADS) for part in (self.to_q(latents), k, v))
+        q, k, v = (split_heads(part, self.heads) for part in (self.to_q(latents), k, v))
         return self.to_out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
 
 
-def feed_forward(width: int) -> nn.Sequential:
-    """Norm, four times as wide, back; no biases beside the norm's."""
+def feed_forward(width: int, multiple: int, norm_epsilon: float) -> nn.Sequential:
+    """Norm, `multiple` times as wide, back; no biases beside the norm's."""
+    inner = multiple * width
     return nn.Sequential(
-        nn.LayerNorm(width), nn.Linear(width, 4 * width, bias=False), nn.GELU(), nn.Linear(4 * width, width, bias=False)
+        nn.LayerNorm(width, norm_epsilon),
+        nn.Linear(width, inner, bias=False),
+        nn.GELU(),
+        nn.Linear(inner, width, bias=False),
     )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 from megavlm.config import Config, require
 from megavlm.errors import ConfigError
@@ -12,6 +12,8 @@ from megavlm.model.cross_attention import CrossAttentionConfig
 from megavlm.model.decoder.config import DecoderConfig
 from megavlm.model.resampler import ResamplerConfig
 from megavlm.model.towers.eva_config import EvaConfig
+
+Part = TypeVar("Part", bound=Config)
 
 _KINDS = {"infimm-zephyr": "mistral", "infimm-vicuna": "llama", "infimm-llama": "llama"}
 
@@ -59,11 +61,12 @@ def infimm_from_hf(hf: dict[str, Any], where: str = "config.json") -> tuple[Deco
             raise ConfigError(f"{where}: {key}", None, "is missing", "take the folder as it was released")
     decoder = DecoderConfig.from_hf({**hf["language"], "model_type": _KINDS[kind]}, f"{where}: language")
     tower = EvaConfig.from_hf(hf["visual"], f"{where}: visual")
+    gated = CrossAttentionConfig(every_n_layers=hf["cross_attn_every_n_layers"])
     parts = InfiMMConfig(
         model_type=kind,
         tower=tower,
-        resampler=ResamplerConfig(width=tower.width),
-        cross_attention=CrossAttentionConfig(every_n_layers=hf["cross_attn_every_n_layers"]),
+        resampler=_sizes(ResamplerConfig(width=tower.width), hf, "resampler", where),
+        cross_attention=_sizes(gated, hf, "cross_attention", where),
         image_token_id=hf["image_token_id"],
         eoc_token_id=hf["eoc_token_id"],
     )
@@ -71,8 +74,8 @@ def infimm_from_hf(hf: dict[str, Any], where: str = "config.json") -> tuple[Deco
 
 
 def infimm_to_hf(decoder: DecoderConfig, parts: InfiMMConfig, dtype: str) -> dict[str, Any]:
-    """The config.json of an exported folder: the released keys, so that `infimm_from_hf` reads it back."""
-    _refuse_unspoken(parts)
+    """The config.json of an exported folder: the released keys, so that `infimm_from_hf` reads it back; and two of
+    ours, `resampler` and `cross_attention`, where these are not of the released sizes."""
     tower, language = parts.tower, decoder.to_hf(dtype)
     del language["architectures"]
     return {
@@ -99,23 +102,24 @@ def infimm_to_hf(decoder: DecoderConfig, parts: InfiMMConfig, dtype: str) -> dic
             "embed_dim": tower.head_dim_out,
         },
         "language": language,
+        **_other_sizes("resampler", parts.resampler, ResamplerConfig(width=tower.width), "width"),
+        **_other_sizes("cross_attention", parts.cross_attention, CrossAttentionConfig(), "every_n_layers"),
     }
 
 
-def _refuse_unspoken(parts: InfiMMConfig) -> None:
-    """The released config.json has no keys for these, so a folder could not say that they are different."""
-    known = {
-        "resampler": ResamplerConfig(width=parts.tower.width),
-        "cross_attention": CrossAttentionConfig(every_n_layers=parts.cross_attention.every_n_layers),
-    }
-    for name, value in known.items():
-        if getattr(parts, name) != value:
-            raise ConfigError(
-                f"infimm.{name}",
-                getattr(parts, name),
-                "is of sizes that the released config.json cannot say",
-                f"use {value} for a model that is to be exported",
-            )
+def _other_sizes(key: str, part: Config, released: Config, told_elsewhere: str) -> dict[str, dict[str, Any]]:
+    """What a part's settings are, under its key, unless they are the released ones."""
+    sizes, usual = part.to_dict(), released.to_dict()
+    del sizes[told_elsewhere], usual[told_elsewhere]
+    return {} if sizes == usual else {key: sizes}
+
+
+def _sizes(released: Part, hf: dict[str, Any], key: str, where: str) -> Part:
+    """The released sizes, but for those that a folder of ours tells."""
+    told = hf.get(key, {})
+    if not isinstance(told, dict):
+        raise ConfigError(f"{where}: {key}", told, "is no object", "take the folder as it was exported")
+    return type(released).from_dict({**released.to_dict(), **told})
 
 
 def _ratio(inner: int, width: int) -> float:

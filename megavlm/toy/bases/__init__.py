@@ -76,8 +76,12 @@ def infimm_base(folder: Path, seed: int = 1234) -> Path:
     the gates are open and that the resampler's first attention has each latent hand on one patch."""
     with tempfile.TemporaryDirectory() as place, as_file(WEIGHTS / EVA_FILE) as tower:
         language, plain = write_decoder(Path(place) / "decoder"), Path(place) / "plain"
-        layers = INFIMM.cross_attention.every_n_layers
-        assemble_infimm(language, tower, INFIMM.tower, INFIMM.model_type, layers, plain, dtype=torch.float32, seed=seed)
+        assemble_infimm(
+            *(language, tower, INFIMM.tower, INFIMM.model_type, INFIMM.cross_attention, plain),
+            dtype=torch.float32,
+            seed=seed,
+            resampler=INFIMM.resampler,
+        )
         with HFFolder.open(plain) as source:
             extra = {**tokenizer_files(language), **infimm_family_files(DECODER, INFIMM, "float32")}
             whole = infimm_state_map(DECODER, INFIMM)
