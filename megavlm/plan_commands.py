@@ -14,11 +14,12 @@ import numpy as np
 from megavlm.build.run_config import RunConfig
 from megavlm.errors import ConfigError, LayoutError
 from megavlm.options import parse_options, take_options
+from megavlm.plan.calibrate import calibrate
 from megavlm.plan.choice import Choice
 from megavlm.plan.cluster import Cluster, parse_cluster
-from megavlm.plan.cost import CALIBRATION, Calibration, Efficiency, seconds_of
+from megavlm.plan.cost import CALIBRATION, Calibration, Efficiency
 from megavlm.plan.evaluation import Evaluation
-from megavlm.plan.judge import judge
+from megavlm.plan.judge import judge, rate_of
 from megavlm.plan.mix import Mix, mix_of
 from megavlm.plan.page import PlanPage, check_page_place, write_page
 from megavlm.plan.report import scale_report, search_report
@@ -30,6 +31,7 @@ from megavlm.recipes import recipe, stages_of
 
 HELP = ("-h", "--help")
 USAGE = """usage: megavlm plan RECIPE[/stage] --cluster NODESxGPUSxCHIP [--data DIR] [--calibration FILE] [--json] ...
+       megavlm plan --calibrate FILE
 
 Whether a run fits on a cluster and how long it takes: all that `megavlm train` takes may follow. A stage without an
 option for its layout (degrees of parallelism, recompute, micro-batch) is searched for the fastest one that fits; a
@@ -41,8 +43,11 @@ whole model is judged stage by stage, each in its recipe's own layout or the giv
   --calibration FILE        what kernels reach of each chip, in place of megavlm's own figures
   --scale                   time and MFU from 8 to 4,096 GPUs as well, and what limits them
   --html FILE               the plan as a page: memory, timeline, time, layouts
-  --json                    plain data"""
+  --json                    plain data
+  --calibrate FILE          measure this machine's CPU for half a minute, with the threads that a run would have
+                            (OMP_NUM_THREADS), and write it as a YAML file that --cluster takes"""
 
+CALIBRATE = "--calibrate"
 LAYOUT_WORDS = ("-model-parallel-", "--num-virtual-stages", "sequence-parallel", "--vision-over", "--recompute-",
                 "--micro-batch-size", "parallel.", "recompute.")  # fmt: skip
 SEARCH_SECONDS = 40
@@ -85,12 +90,11 @@ class _Planner:
 
     def scaled(self, run: RunConfig, known: Sequence[Evaluation], mix: Mix) -> list[ScalePoint]:
         """The judged layouts on other numbers of GPUs."""
-        chip = self.cluster.chip
         values, counts = np.unique(mix.tiles_of_rows, return_counts=True)
         return scale(
             run,
             known,
-            seconds_of(chip.bf16_tflops * 1e12, chip.memory_gb_s * 1e9, self.efficiency),
+            rate_of(run, self.cluster, self.efficiency),
             images=lambda microbatches, copies: (
                 drawn_images(values, counts, microbatches, copies) if mix.tiles else None
             ),
@@ -102,13 +106,15 @@ def plan(arguments: list[str]) -> int:
     if not arguments or any(word in HELP for word in arguments):
         print(USAGE)
         return 0
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # a trace has no data, and needs the same operations on every machine
+    if any(word.partition("=")[0] == CALIBRATE for word in arguments):
+        return _calibrate(arguments)
     name, *rest = arguments
     own, options = take_options(rest, ["--cluster"], ["--data", "--calibration", "--html"], flags=["--json", "--scale"])
-    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # a trace has no data, and needs the same operations on every machine
     cluster = parse_cluster(own["--cluster"])
     if "--html" in own:
         check_page_place(own["--html"])  # before minutes are spent on what it is to show
-    efficiency = Calibration.load(own.get("--calibration", CALIBRATION)).of(cluster.chip.name)
+    efficiency = _efficiency(cluster, own.get("--calibration"))
     planner, as_data = _Planner(cluster, efficiency, own.get("--data")), "--json" in own
     stages = [f"{name}/{stage}" for stage in stages_of(name)]
     is_searched = not stages and not any(word in option for option in options for word in LAYOUT_WORDS)
@@ -153,4 +159,19 @@ def plan(arguments: list[str]) -> int:
         stage, misfit = misfits[0]
         remedy = "use more tensor or pipeline parallelism, --recompute-granularity full, or shorter rows"
         raise LayoutError(f"{stage} on --cluster", cluster.name, misfit, remedy)
+    return 0
+
+
+def _efficiency(cluster: Cluster, calibration: str | None) -> Efficiency:
+    """What is reached of the cluster's chip: as a given file says, as was measured there, as is published."""
+    if calibration is None and cluster.efficiency is not None:
+        return cluster.efficiency
+    return Calibration.load(calibration or CALIBRATION).of(cluster.chip.name)
+
+
+def _calibrate(arguments: list[str]) -> int:
+    own, rest = take_options(arguments, [CALIBRATE])
+    if rest:
+        raise ConfigError(CALIBRATE, " ".join(rest), "stands beside it", "measure first, then plan with --cluster FILE")
+    print(calibrate(own[CALIBRATE]))
     return 0

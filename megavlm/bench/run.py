@@ -19,6 +19,7 @@ from megavlm.bench.decoder_step import decoder_step
 from megavlm.bench.harness import Comparison, Measurement, NoRowError, Row, SkippedError, measure
 from megavlm.bench.kernels import kernels
 from megavlm.bench.plan_time import plan_time
+from megavlm.bench.planned_step import planned_step
 from megavlm.bench.real_aquila_vl import real_aquila_vl
 from megavlm.bench.real_infimm import real_infimm
 from megavlm.bench.report import append, check_place, machine, table
@@ -41,6 +42,7 @@ BENCHMARKS: dict[str, Benchmark] = {
     "checkpoint-1b": checkpoint_1b,
     "checkpoint-1b-trained": checkpoint_1b_trained,
     "plan": plan_time,
+    "planned-step": planned_step,
     "kernels": kernels,
     "aquila-vl-2b": real_aquila_vl,
     "infimm-7b": real_infimm,

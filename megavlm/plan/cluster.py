@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from megavlm.config import Config, nearest, require
 from megavlm.errors import ConfigError, LayoutError
+from megavlm.plan.cost import Efficiency
 from megavlm.plan.profile import CommOp, GroupName
 
 GIB = 1 << 30
@@ -48,6 +49,8 @@ class Chip(Config):
     """10^12 floating-point operations a second in bf16 with fp32 accumulation, without sparsity."""
     fp8_tflops: float | None = None
     """The same in FP8; none: it has no FP8."""
+    fp32_tflops: float | None = None
+    """The same of runs in float32; none: as in bf16."""
     memory_gib: float
     """GiB that CUDA reports in all: less than the name says, since the driver keeps some."""
     memory_gb_s: float
@@ -56,12 +59,21 @@ class Chip(Config):
     def check(self) -> None:
         for field in ("bf16_tflops", "memory_gib", "memory_gb_s"):
             require(getattr(self, field) > 0, self, field, "must be positive", "write what its data sheet says")
-        positive = self.fp8_tflops is None or self.fp8_tflops > 0
-        require(positive, self, "fp8_tflops", "must be positive", "leave it out where there is no FP8")
+        for field in ("fp8_tflops", "fp32_tflops"):
+            value = getattr(self, field)
+            require(value is None or value > 0, self, field, "must be positive", "leave it out")
 
     @property
     def memory_bytes(self) -> int:
         return int(self.memory_gib * GIB)
+
+    @property
+    def bytes_per_second(self) -> float:
+        return self.memory_gb_s * 1e9
+
+    def flops_per_second(self, in_float32: bool) -> float:
+        """Its peak in float32 or in bf16."""
+        return 1e12 * (self.fp32_tflops if in_float32 and self.fp32_tflops else self.bf16_tflops)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,6 +131,8 @@ class Cluster(Config):
     """Between GPUs of a node; in a file that of a known chip if left out."""
     between: Link
     """Between nodes, of one GPU's own card; in a file that of a known chip if left out."""
+    efficiency: Efficiency | None = None
+    """What was measured on these very machines; none: a calibration file says what is reached of the chip."""
 
     def check(self) -> None:
         require(self.nodes >= 1, self, "nodes", "must be at least 1", "count the machines")

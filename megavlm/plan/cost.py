@@ -27,12 +27,21 @@ class Efficiency(Config):
     """Share of elementwise traffic that is left where operations are fused."""
     start_us: float = 0.0
     """Microseconds that an operation takes at least."""
+    hides: bool = True
+    """Whether arithmetic, traffic and the host's starts of operations hide behind one another, as on a GPU; where the
+    host computes itself they add up."""
+    operands: float | None = None
+    """Share of the memory's bandwidth at which products read and write their matrices; none: `memory`."""
+    allocated: float | None = None
+    """Share of the memory's bandwidth at which new tensors are given by the system and taken back; none: they cost
+    nothing, as where an allocator keeps what it once had."""
     sources: dict[str, str] = field(default_factory=dict)
     """Where each number comes from."""
 
     def check(self) -> None:
-        for name in ("matmul", "attention", "memory", "fused"):
-            require(0 < getattr(self, name) <= 1, self, name, "is outside (0, 1]", "use what was measured")
+        for name in ("matmul", "attention", "memory", "fused", "operands", "allocated"):
+            value = getattr(self, name)
+            require(value is None or 0 < value <= 1, self, name, "is outside (0, 1]", "use what was measured")
         require(self.start_us >= 0, self, "start_us", "is negative", "use 0 for none")
 
 
@@ -59,12 +68,20 @@ def seconds_of(flops_per_second: float, bytes_per_second: float, efficiency: Eff
         "memory": float("inf"),
     }
     bandwidth = bytes_per_second * efficiency.memory
+    of_operands = bytes_per_second * (efficiency.operands or efficiency.memory)
+    of_new = bytes_per_second * efficiency.allocated if efficiency.allocated else float("inf")
+    together = max if efficiency.hides else _sum
 
     def seconds(cost: OpCost) -> float:
         if cost.kind == "comm":
             return 0.0
         share = efficiency.fused if cost.kind == "memory" else 1.0
-        moved = share * cost.bytes / bandwidth
-        return max(cost.flops / products[cost.kind], moved, share * cost.count * efficiency.start_us * 1e-6)
+        moved = share * cost.bytes / (of_operands if cost.kind == "matmul" else bandwidth)
+        starts = share * cost.count * efficiency.start_us * 1e-6
+        return together(cost.flops / products[cost.kind], moved, cost.made / of_new, starts)
 
     return seconds
+
+
+def _sum(*seconds: float) -> float:
+    return sum(seconds)

@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from megavlm.plan.places import Place, Places
 from megavlm.plan.profile import CommOp, GroupName, Kind
-from megavlm.plan.work import is_message, message_of, tensors_in, work_of
+from megavlm.plan.work import Work, is_message, message_of, tensors_in, work_of
 
 _NUMBER = torch.ops.aten._local_scalar_dense.default
 _NORM = torch.ops.aten.linalg_vector_norm.default
@@ -34,11 +34,13 @@ class Tally:
 
     flops: float = 0.0
     bytes: float = 0.0
+    made: float = 0.0
     count: int = 0
 
-    def add(self, flops: float, bytes_: float) -> None:
+    def add(self, flops: float, bytes_: float, made: float = 0.0) -> None:
         self.flops += flops
         self.bytes += bytes_
+        self.made += made
         self.count += 1
 
 
@@ -75,11 +77,19 @@ class Follower(TorchDispatchMode):
             out = FakeWork().boxed()  # tensors without data know no joined messages
         elif not without_data and _is_about_numbers(func, args, kwargs, inputs):
             with unset_fake_temporarily():
-                out = func(*args, **kwargs)
+                out = self.compute(func, args, kwargs)
         else:
-            out = func(*args, **kwargs)
+            out = self.compute(func, args, kwargs)
         self._count(func, args, kwargs, inputs, out)
         return out
+
+    def compute(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """What an operation gives."""
+        return func(*args, **kwargs)
+
+    def worked(self, place: Place, work: Work, made: int) -> None:
+        """An operation that is no view and no message was done, and made storages of so many bytes."""
+        self.tallies[place, work.kind, "", ""].add(work.flops, work.bytes, made)
 
     def _count(self, func: Any, args: Any, kwargs: Any, inputs: list[Tensor], out: Any) -> None:
         place = self.places.now()
@@ -93,26 +103,25 @@ class Follower(TorchDispatchMode):
         if self._waits and place.phase == "backward":
             self._waits = False
         outputs = tensors_in(out)
-        is_new = self._hold(inputs, outputs)
-        if is_new or func._schema.is_mutable:
-            work = work_of(func, args, kwargs, inputs, out)
-            self.tallies[place, work.kind, "", ""].add(work.flops, work.bytes)
+        made = self._hold(inputs, outputs)
+        if made is not None or func._schema.is_mutable:
+            self.worked(place, work_of(func, args, kwargs, inputs, out), made or 0)
         if self.live > self.peaks.get(place, -1):
             self.peaks[place] = self.live
             self.peak = max(self.peak, self.live)
 
-    def _hold(self, inputs: list[Tensor], outputs: list[Tensor]) -> bool:
-        """Count the storages that an operation made, until they are freed; whether there are any."""
+    def _hold(self, inputs: list[Tensor], outputs: list[Tensor]) -> int | None:
+        """Count the storages that an operation made, until they are freed; their bytes, None where there are none."""
         known = {tensor.untyped_storage()._cdata for tensor in inputs}
-        is_new = False
+        made: int | None = None
         for tensor in outputs:
             storage = tensor.untyped_storage()
             key = storage._cdata
             if key in known or key in self._sizes:
                 continue
-            is_new = True
+            made = (made or 0) + storage.nbytes()
             self.hold(storage)
-        return is_new
+        return made
 
     def hold(self, storage: torch.UntypedStorage) -> None:
         """Count a storage that lives from now on."""

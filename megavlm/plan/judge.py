@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import numpy as np
+import torch
 
 from megavlm.build.run_config import RunConfig, check_for_world
 from megavlm.plan.choice import Choice
@@ -14,7 +16,7 @@ from megavlm.plan.evaluation import Evaluation
 from megavlm.plan.mix import Mix
 from megavlm.plan.profile import StageProfile
 from megavlm.plan.stage import profile_run
-from megavlm.plan.step import drawn_images, step_time
+from megavlm.plan.step import Rate, StepTime, drawn_images, step_time
 
 
 def judge(
@@ -22,30 +24,54 @@ def judge(
 ) -> Evaluation:
     """The run as it is, on all GPUs of the cluster; refuses what the trainer would."""
     check_for_world(run, cluster.gpus)
-    copies = cluster.gpus // run.parallel.model_parallel_size
-    microbatches = math.ceil(mix.rows / copies)
+    microbatches = microbatches_of(run, cluster, mix)
     profiles = tuple(profile_run(run, cluster.gpus, microbatches, {"mean": mix.mean, "worst": mix.worst}))
-    values, counts = np.unique(mix.tiles_of_rows, return_counts=True)
-    step = step_time(
-        profiles,
-        cluster,
-        run.parallel,
-        microbatches,
-        seconds_of(cluster.chip.bf16_tflops * 1e12, cluster.chip.memory_gb_s * 1e9, efficiency),
-        data_parallel=run.data_parallel,
-        images=drawn_images(values, counts, microbatches, copies) if mix.tiles else None,
-    )
     return Evaluation(
         choice=choice or choice_of(run),
         cluster=cluster,
         profiles=profiles,
-        step=step,
+        step=timed(run, cluster, mix, profiles, efficiency),
         microbatches=microbatches,
         tokens=mix.tokens,
         images=mix.tiles,
         samples=run.samples_per_step,
         flops=mix.rows * row_flops(profiles, run.parallel.tensor_model_parallel_size),
+        peak=cluster.chip.flops_per_second(run.precision.dtype == torch.float32),
     )
+
+
+def microbatches_of(run: RunConfig, cluster: Cluster, mix: Mix) -> int:
+    """Of one data-parallel rank in a step."""
+    return math.ceil(mix.rows / copies_of(run, cluster))
+
+
+def copies_of(run: RunConfig, cluster: Cluster) -> int:
+    """Of the model, on all GPUs."""
+    return cluster.gpus // run.parallel.model_parallel_size
+
+
+def timed(
+    run: RunConfig, cluster: Cluster, mix: Mix, profiles: Sequence[StageProfile], efficiency: Efficiency
+) -> StepTime:
+    """A step of the run, whose stages have been traced."""
+    microbatches = microbatches_of(run, cluster, mix)
+    copies = copies_of(run, cluster)
+    values, counts = np.unique(mix.tiles_of_rows, return_counts=True)
+    return step_time(
+        profiles,
+        cluster,
+        run.parallel,
+        microbatches,
+        rate_of(run, cluster, efficiency),
+        data_parallel=run.data_parallel,
+        images=drawn_images(values, counts, microbatches, copies) if mix.tiles else None,
+    )
+
+
+def rate_of(run: RunConfig, cluster: Cluster, efficiency: Efficiency) -> Rate:
+    """Seconds of computing on the cluster's chip, in the run's number format."""
+    peak = cluster.chip.flops_per_second(run.precision.dtype == torch.float32)
+    return seconds_of(peak, cluster.chip.bytes_per_second, efficiency)
 
 
 def row_flops(profiles: tuple[StageProfile, ...], tensor: int) -> float:

@@ -31,6 +31,8 @@ class OpCost:
     bytes: float = 0.0
     """Read and written by all operations of the class; of `comm`, the whole messages: the tensors that are reduced, the
     gathered ones, those that are scattered or sent. A ring's factor (n-1)/n or 2(n-1)/n is the cluster's business."""
+    made: float = 0.0
+    """Bytes of tensors that the operations allocate."""
     group: GroupName = ""
     """Of `comm` alone: the ranks that take part."""
     op: CommOp = ""

@@ -156,7 +156,13 @@ def _encodes_ahead(run: RunConfig) -> bool:
 
 
 def _scaled(cost: OpCost, share: float) -> OpCost:
-    return replace(cost, flops=share * cost.flops, bytes=share * cost.bytes, count=max(round(share * cost.count), 1))
+    return replace(
+        cost,
+        flops=share * cost.flops,
+        bytes=share * cost.bytes,
+        made=share * cost.made,
+        count=max(round(share * cost.count), 1),
+    )
 
 
 def _features_waiting(run: RunConfig, row: PlannedRow, stage: int, microbatches: int) -> int:
@@ -191,6 +197,7 @@ def _together(costs: Sequence[OpCost]) -> tuple[OpCost, ...]:
                 before,
                 flops=before.flops + cost.flops,
                 bytes=before.bytes + cost.bytes,
+                made=before.made + cost.made,
                 count=before.count + cost.count,
             )
         found[key] = cost

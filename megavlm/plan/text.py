@@ -85,7 +85,17 @@ def assumptions(mix: Mix, efficiency: Efficiency) -> list[str]:
         "tokens and pixels of all microbatches of a step wait on the GPU; the input pipeline keeps up",
         f"kernels reach {efficiency.matmul:.0%} (products) and {efficiency.attention:.0%} (attention) of the peak, "
         f"{efficiency.memory:.0%} of the bandwidth; {efficiency.fused:.0%} of elementwise traffic is left by fusion",
+        *_starts(efficiency),
         "MFU counts products as executed: no weight gradients of frozen parts, causal attention by half",
+    ]
+
+
+def _starts(efficiency: Efficiency) -> list[str]:
+    """What an operation costs the host, where that adds up."""
+    if efficiency.hides:
+        return []
+    return [
+        f"each operation takes {efficiency.start_us:.0f} us beside its work, Python included; nothing hides behind it"
     ]
 
 

@@ -126,29 +126,33 @@ def traced_rank(run: RunConfig, world_size: int, stage: int) -> Iterator[Rank]:
 
 def trace_step(rank: Rank) -> StepTrace:
     """The optimizer's step, gradients' reduction before it and parameters' gathering behind it included."""
-    follower = rank.follower()
     rank.places.in_step = True
-    with follower:
-        rank.optimizer.zero_grad()
-        for chunk in rank.wrapped:
-            chunk.zero_grad_buffer()
-            if chunk.ddp_config.overlap_grad_reduce:
-                chunk.start_grad_sync()
-        rank.wrapped[0].config.finalize_model_grads_func(rank.wrapped, torch.tensor(1, dtype=torch.int32))
-        rank.optimizer.step()
-        gather_parameters(rank.wrapped)
+    with rank.follower():
+        _update(rank)  # the first one makes the optimizer's state, as no other does
+    with (follower := rank.follower()):
+        _update(rank)
     rank.places.in_step = False
     static = static_bytes(rank.model.parts(), rank.optimizer)
     everything = [parameter for part in rank.model.parts() for parameter in part.parameters()]
     return StepTrace(
         costs=_summed(follower.tallies, Chosen((), {}, 1)),
-        # The optimizer's state is made in the first step and counted apart.
         peak=max(follower.peak - follower.live, 0),
         static=static,
         parameters=sum(parameter.numel() for parameter in everything),
         trainable=sum(parameter.numel() for parameter in everything if parameter.requires_grad),
         communicators=_communicators(rank.groups),
     )
+
+
+def _update(rank: Rank) -> None:
+    rank.optimizer.zero_grad()
+    for chunk in rank.wrapped:
+        chunk.zero_grad_buffer()
+        if chunk.ddp_config.overlap_grad_reduce:
+            chunk.start_grad_sync()
+    rank.wrapped[0].config.finalize_model_grads_func(rank.wrapped, torch.tensor(1, dtype=torch.int32))
+    rank.optimizer.step()
+    gather_parameters(rank.wrapped)
 
 
 def _communicators(groups: Groups) -> int:
@@ -274,8 +278,19 @@ def _summed(tallies: dict[Label, Tally], chosen: Chosen) -> tuple[OpCost, ...]:
         total, times = sums[place.part, kind, place.phase, group, op], chosen.times_of(place.layer)
         total.flops += times * tally.flops
         total.bytes += times * tally.bytes
+        total.made += times * tally.made
         total.count += times * tally.count
     return tuple(
-        OpCost(part=part, kind=kind, phase=phase, group=group, op=op, flops=t.flops, bytes=t.bytes, count=t.count)
+        OpCost(
+            part=part,
+            kind=kind,
+            phase=phase,
+            group=group,
+            op=op,
+            flops=t.flops,
+            bytes=t.bytes,
+            made=t.made,
+            count=t.count,
+        )
         for (part, kind, phase, group, op), t in sums.items()
     )

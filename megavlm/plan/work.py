@@ -80,7 +80,17 @@ def work_of(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], inputs: l
         return Work("memory", 0, 0)
     if packet in _READS_ROWS:
         return Work("memory", 0, 2 * _bytes(outputs) + _bytes(inputs[1:]))
-    return Work("memory", 0, _bytes([*inputs, *outputs]))
+    return Work("memory", 0, _bytes([*inputs, *outputs, *([] if outputs else _written(func, args))]))
+
+
+def _written(func: Any, args: Sequence[Any]) -> list[Tensor]:
+    """What an operation writes that gives nothing back: its arguments, lists of them."""
+    named = zip(func._schema.arguments, args, strict=False)
+    return [tensor for argument, value in named if _is_written(argument) for tensor in tensors_in(value)]
+
+
+def _is_written(argument: Any) -> bool:
+    return argument.alias_info is not None and bool(argument.alias_info.is_write)
 
 
 def _attention(query: Tensor, key: Tensor, value: Tensor, causal: bool) -> float:
