@@ -7,7 +7,7 @@ Hardware: two CPU cores. Time: about half a minute. Expected: `lm loss` falls fr
     make quickstart                               # infimm-tiny's three stages from toy bases, and what they learnt
     megavlm train infimm-tiny/pretrain --data-path data --load-hf FOLDER
 
-The stages of InfiMM and of Aquila-VL on the toy world: models of 5M and 2M parameters, the same streams, thirds, grids,
+The stages of InfiMM and of Aquila-VL on the toy world: models of 2M parameters each, the same streams, thirds, grids,
 trainables and templates. Data sets: toy-pairs, toy-documents, toy-chat, toy-multi_image and toy-text below
 `--data-path`. The tokenizer's tokens for the tags are asked of the settings, and a wrong number is refused with the
 right one; infimm-tiny's are those of the toy tokenizer. `megavlm.toy.bases.infimm_base` writes a folder to start from,
@@ -106,12 +106,11 @@ EVA = EvaConfig(
     post_norm=False,
     head_dim_out=16,
 )
-# Resampler and gated blocks as in the real models: an exported folder cannot say that theirs are smaller.
 INFIMM = InfiMMConfig(
     model_type="infimm-llama",
     tower=EVA,
-    resampler=ResamplerConfig(width=EVA.width),
-    cross_attention=CrossAttentionConfig(every_n_layers=2),
+    resampler=ResamplerConfig(width=EVA.width, depth=2, heads=4, head_width=48, mlp_ratio=2),
+    cross_attention=CrossAttentionConfig(every_n_layers=1, heads=4, head_width=48, ff_multiple=2),
     image_token_id=262,
     eoc_token_id=261,
 )
@@ -122,20 +121,20 @@ def infimm_tiny_pretrain() -> RunConfig:
     """A toy InfiMM on toy captions and documents: resampler, gated blocks and the two new tokens learn."""
     pairs = _stream(16, {"toy-pairs": 1}, name="pairs", tokens_per_sample=128)
     documents = _stream(4, {"toy-documents": 1}, name="documents", tokens_per_sample=512)
-    return _infimm("pretrain", infimm.llama2_pretrain(), 400, 2e-3, pairs, documents)
+    return _infimm("pretrain", infimm.llama2_pretrain(), 300, 2e-3, pairs, documents)
 
 
 def infimm_tiny_multitask() -> RunConfig:
     """A toy InfiMM on toy questions about one picture: resampler and gated blocks learn."""
     tasks = _stream(16, {"toy-chat": 1}, name="tasks", tokens_per_sample=512)
-    return _infimm("multitask", infimm.llama2_multitask(), 500, 2e-3, tasks)
+    return _infimm("multitask", infimm.llama2_multitask(), 420, 2e-3, tasks)
 
 
 def infimm_tiny_finetune() -> RunConfig:
     """A toy InfiMM on toy conversations about one picture, several and none: all but the tower learns."""
     sources = {"toy-chat": 6, "toy-multi_image": 1, "toy-text": 1}
     conversations = _stream(16, sources, name="conversations", tokens_per_sample=512)
-    return _infimm("finetune", infimm.llama2_finetune(), 200, 1e-3, conversations)
+    return _infimm("finetune", infimm.llama2_finetune(), 180, 1e-3, conversations)
 
 
 def _infimm(stage: str, real: RunConfig, steps: int, lr: float, *streams: StreamConfig) -> RunConfig:

@@ -21,7 +21,7 @@ from megavlm.recipes.tiny import EVA
 from megavlm.toy.bases import DECODER_FILE, EVA_FILE, MANIFEST, PLACES_FILE, decoder_shape, write_weights
 from megavlm.toy.resampler_start import place_readings
 from megavlm.toy.seen import seen_pictures
-from megavlm.toy.speech import speech_accuracy, texts, train_decoder
+from megavlm.toy.speech import Lesson, speech_accuracy, texts, train_decoder
 from megavlm.toy.tokenizer import toy_words
 from megavlm.toy.tower import Heads, labelled, tower_accuracy, train_tower
 
@@ -29,7 +29,11 @@ logger = get_logger(__name__)
 
 PICTURES, TEXTS, HELD_OUT = 48_000, 40_000, 200
 TOWER_STEPS = 3000
-DECODER_CYCLES = ((1500, 3e-3), (2000, 2e-3))
+LESSONS = (
+    (ToyWorld(kinds=("colour", "shape", "position"), questions=10), 1200, 2e-3),
+    (ToyWorld(questions=10), 2400, 2e-3),
+)
+"""What a decoder is told of, for how many steps, and the highest learning rate: which thing is where comes first."""
 SIGHTS = ToyWorld(kinds=("shape", "position", "count", "count_by", *("reading",) * 4, "chart"))
 """Pictures for a tower: words come often, for they are the hardest to see."""
 SPLITS: tuple[Split, ...] = ("unseen_pictures", "unseen_combinations")
@@ -75,9 +79,11 @@ def tower_facts(tower: EvaTower, heads: Heads) -> dict[str, dict[str, Any]]:
 
 
 def _make_decoder(file: Path, shorter: int) -> dict[str, Any]:
-    known = list(texts(toy_words(), "train", 0, TEXTS // shorter, ToyWorld()))
-    cycles = [(steps // shorter, rate) for steps, rate in DECODER_CYCLES]
-    decoder = train_decoder(decoder_shape(), known, cycles, after_step=_say("decoder"))
+    lessons = [
+        Lesson(list(texts(toy_words(), "train", 0, TEXTS // shorter, world)), steps // shorter, rate)
+        for world, steps, rate in LESSONS
+    ]
+    decoder = train_decoder(decoder_shape(), lessons, after_step=_say("decoder"))
     write_weights(decoder.state_dict(), file)
     return decoder_facts(decoder)
 

@@ -42,7 +42,6 @@ def looking_latents(fresh: dict[str, Tensor], places: Tensor, config: ResamplerC
     free = slice(-(-width // head) * head, None)
     old_k, old_v = fresh["layers.0.0.to_kv.weight"].chunk(2)
     to_q[free], to_k[free], to_v[free] = fresh["layers.0.0.to_q.weight"][free], old_k[free], old_v[free]
-    to_out[:, free] = fresh["layers.0.0.to_out.weight"][:, free]
     return {
         "latents": latents,
         "layers.0.0.to_q.weight": to_q,

@@ -32,6 +32,11 @@ CAPTION_WEIGHT, QUESTION_WEIGHT = 0.2, 0.05
 """Against 1 for answers: else a decoder learns how captions go, and not to look up what it is asked for."""
 
 
+LOOK_BACK = (1, 2, 4, 5)
+"""How far back each head of the first layer looks at the start."""
+SAME_IN_ALL, SHARPNESS = 0.3, 60.0
+
+
 class Text(NamedTuple):
     """Tokens, and what each weighs as a target."""
 
@@ -44,7 +49,7 @@ def texts(tokenizer: Tokenizer, split: Split, first: int, count: int, world: Toy
     others questions about a caption, which stands where pictures will."""
     formats = [Words(tokenizer, template) for template in TEMPLATES]
     for number in range(first, first + count):
-        dice = Dice("speech", world.seed, split, number)
+        dice = Dice("speech", world.seed, split, number, *world.kinds)
         share = dice.below(8)
         if share == 0:
             scene, _ = scene_and_question(dice, dice.pick(world.kinds), split, world)
@@ -63,7 +68,7 @@ def _alone(dice: Dice, split: Split, world: ToyWorld) -> tuple[Turn, ...]:
 def story_turns(dice: Dice, split: Split, world: ToyWorld) -> tuple[Turn, ...]:
     """Questions about a complete caption, which begins the first of them."""
     scene, first = scene_and_question(dice, dice.pick(world.kinds), split, world)
-    asked = more_questions(dice, scene, first, dice.below(4), world)
+    asked = more_questions(dice, scene, first, dice.below(world.questions), world)
     return _conversation(caption(dice, scene, complete=True) + dice.pick(("", " ")), asked)
 
 
@@ -101,26 +106,36 @@ def speech_accuracy(decoder: LlamaForCausalLM, chosen: Sequence[Text]) -> float:
     return float((found == tokens[:, 1:])[is_answer].float().mean())
 
 
+class Lesson(NamedTuple):
+    """Texts to learn from."""
+
+    known: Sequence[Text]
+    steps: int
+    lr: float
+    """The highest learning rate."""
+
+
 def train_decoder(
     config: DecoderConfig,
-    known: Sequence[Text],
-    cycles: Sequence[tuple[int, float]],
+    lessons: Sequence[Lesson],
     *,
     batch: int = 32,
     seed: int = 0,
     after_step: Callable[[int, float, LlamaForCausalLM], None] | None = None,
 ) -> LlamaForCausalLM:
-    """A decoder that answers questions about what it was told; each cycle has its steps and its highest rate."""
+    """A decoder that answers questions about what it was told."""
     torch.manual_seed(seed)
     decoder = LlamaForCausalLM(LlamaConfig(**config.to_hf("float32")))
+    look_back(decoder)
     done = 0
-    for cycle, (steps, lr) in enumerate(cycles):
+    for cycle, (known, steps, lr) in enumerate(lessons):
         optimizer = torch.optim.AdamW(decoder.parameters(), lr=lr, betas=(0.9, 0.98), weight_decay=0.05)
         rng = np.random.default_rng(seed + cycle)
         for step in range(steps):
             for group in optimizer.param_groups:
                 group["lr"] = lr * min(1, (step + 1) / 100) * (0.02 + 0.49 * (1 + math.cos(math.pi * step / steps)))
-            loss = speech_loss(decoder, _alike(known, batch, rng))
+            with torch.autocast("cpu", torch.bfloat16):
+                loss = speech_loss(decoder, _alike(known, batch, rng))
             optimizer.zero_grad()
             loss.backward()
             nn.utils.clip_grad_norm_(decoder.parameters(), 1.0)
@@ -129,6 +144,30 @@ def train_decoder(
             if after_step is not None:
                 after_step(done, loss.item(), decoder)
     return decoder
+
+
+def look_back(decoder: LlamaForCausalLM) -> None:
+    """Let each head of the first layer start out looking at the token that stands so and so many places before.
+
+    `A red star at the top left`: whoever knows at `left` which colour, shape and row stand 5, 4 and 1 tokens before can
+    find one by the other in a single step. From random weights 3,500 steps did not teach that; so it takes 500.
+    """
+    weights, attention = decoder.model.embed_tokens.weight.data, decoder.model.layers[0].self_attn
+    # A channel that says nothing; in words of one length it is as strong in each, so that distance alone decides.
+    weights[:] = F.normalize(weights) * float(weights.norm(dim=1).mean())
+    weights[:, 0] = SAME_IN_ALL
+    seen = SAME_IN_ALL / float(weights.square().mean(1).sqrt().mean())
+    width = attention.head_dim
+    half = width // 2
+    turn = decoder.config.rope_parameters["rope_theta"] ** (-torch.arange(half) / half)
+    strength = torch.where(torch.arange(half) < half // 2, SHARPNESS**0.5 / seen, 0.0)  # slow turns tell nothing apart
+    for head, distance in enumerate(LOOK_BACK):
+        rows = slice(head * width, (head + 1) * width)
+        query = torch.cat([torch.cos(distance * turn), -torch.sin(distance * turn)]) * strength.repeat(2)
+        key = torch.cat([torch.ones(half), torch.zeros(half)]) * strength.repeat(2)
+        for projection, start in ((attention.q_proj, query), (attention.k_proj, key)):
+            projection.weight.data[rows] = 0
+            projection.weight.data[rows, 0] = start
 
 
 def _alike(known: Sequence[Text], count: int, rng: np.random.Generator) -> list[Text]:

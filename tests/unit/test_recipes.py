@@ -387,7 +387,7 @@ def test_data_too_few_for_the_steps_are_said_before_the_run(tmp_path: Path) -> N
     with pytest.raises(ConfigError, match=r"infimm\.image_token_id = 262: the tokenizer in .* has 127 for <image>"):
         check_data(run.replace(data=data))
     run = run.replace(data=data).override("infimm.image_token_id=127", "infimm.eoc_token_id=126")
-    with pytest.raises(ConfigError, match=r"train_iters = 200: is more than the 5 steps .* use --train-iters 5"):
+    with pytest.raises(ConfigError, match=r"train_iters = \d+: is more than the 5 steps .* use --train-iters 5"):
         check_data(run)
     check_data(run.override("train.train_iters=5"))
 

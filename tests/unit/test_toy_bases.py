@@ -8,18 +8,18 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from megavlm.build.data_check import check_data
 from megavlm.build.from_folder import run_from_folder
 from megavlm.data.toy_world.samples import toy_samples
 from megavlm.data.toy_world.world import SAMPLE_KINDS, SPLITS, ToyWorld
 from megavlm.recipes import recipe
-from megavlm.toy.bases import MANIFEST, WEIGHTS, base_tower, infimm_base, write_decoder
+from megavlm.toy.bases import MANIFEST, WEIGHTS, base_tower, decoder_shape, infimm_base, write_decoder
 from megavlm.toy.data import prepare_toy_data
 from megavlm.toy.make import SIGHTS
 from megavlm.toy.seen import PATCH_CLASSES, seen_pictures
-from megavlm.toy.speech import speech_accuracy, texts
+from megavlm.toy.speech import LOOK_BACK, look_back, speech_accuracy, texts
 from megavlm.toy.tokenizer import toy_words
 from megavlm.toy.tower import Labelled, labelled, patch_rows
 
@@ -71,6 +71,17 @@ def test_the_decoder_answers_what_it_was_told(tmp_path: Path) -> None:
     decoder = AutoModelForCausalLM.from_pretrained(write_decoder(tmp_path), dtype=torch.float32)
     world = ToyWorld(kinds=("colour", "shape", "position", "reading"))
     assert speech_accuracy(decoder, list(texts(toy_words(), "unseen_combinations", 0, 64, world))) > 0.8
+
+
+def test_a_fresh_decoder_looks_back_by_distance() -> None:
+    config = LlamaConfig(**decoder_shape().to_hf("float32"), attn_implementation="eager")
+    decoder = LlamaForCausalLM(config)
+    look_back(decoder)
+    tokens = torch.randint(config.vocab_size, (2, 40))
+    seen = decoder(input_ids=tokens, output_attentions=True).attentions[0]
+    for head, distance in enumerate(LOOK_BACK):
+        looks = seen[:, head].diagonal(-distance, dim1=-2, dim2=-1)
+        assert looks.min().item() > 0.8
 
 
 def test_a_whole_base_starts_the_recipe_on_its_data(tmp_path: Path) -> None:

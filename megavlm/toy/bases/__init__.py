@@ -33,6 +33,9 @@ MANIFEST = "manifest.json"
 OPEN_GATES = {".attn_gate": 1.0, ".ff_gate": 0.5}
 """Where gates start. From 0, as in the real models, those of the attention come to 0.03 in 500 steps."""
 
+SILENT = (".0.to_out.weight", ".1.3.weight", ".attn.to_out.weight", ".ff.3.weight")
+"""Last projections of the resampler's layers and of the gated blocks: these start from zero."""
+
 
 def decoder_shape() -> DecoderConfig:
     """The toy decoder before the tokens that InfiMM adds."""
@@ -90,7 +93,8 @@ def infimm_base(folder: Path, seed: int = 1234) -> Path:
 
 
 class _Opened:
-    """The weights of a folder with the resampler's beginning replaced, and its gates open."""
+    """The weights of a folder with the resampler's beginning replaced and its gates open; what stands behind the
+    first attention adds nothing yet, so that neither its patches nor the decoder's words drown in noise."""
 
     def __init__(self, source: HFFolder, seed: int) -> None:
         with as_file(WEIGHTS / PLACES_FILE) as file:
@@ -101,6 +105,8 @@ class _Opened:
         self._source, self._set_up = source, {prefix + name: tensor for name, tensor in set_up.items()}
         for ending, gate in OPEN_GATES.items():
             self._set_up |= {name: torch.full((1,), gate) for name in source.names() if name.endswith(ending)}
+        silent = (name for name in source.names() if name.endswith(SILENT) and name not in self._set_up)
+        self._set_up |= {name: torch.zeros(source.shape(name)) for name in silent}
 
     def names(self) -> Sequence[str]:
         return self._source.names()
