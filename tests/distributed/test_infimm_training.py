@@ -200,8 +200,9 @@ def train_on_scattered_images(degrees: dict[str, Any], steps: int) -> None:
 @pytest.mark.parametrize(
     "world_size, degrees", [(2, {}), (2, TP2_SP), (4, {**TP2, **PP2})], ids=["DP=2", "TP=2 with SP", "TP=2 x PP=2"]
 )
-def test_no_rank_waits_in_200_steps_with_scattered_images(world_size: int, degrees: dict[str, Any]) -> None:
-    spawn(train_on_scattered_images, world_size, degrees, 200, timeout=300)
+@pytest.mark.parametrize("steps", [60, pytest.param(200, marks=pytest.mark.full)])
+def test_no_rank_waits_in_steps_with_scattered_images(steps: int, world_size: int, degrees: dict[str, Any]) -> None:
+    spawn(train_on_scattered_images, world_size, degrees, steps, timeout=300)
 
 
 def train_new_tokens(degrees: dict[str, Any], out: Path) -> None:
