@@ -50,7 +50,9 @@ from megavlm.recipes import recipe
 from megavlm.testing import spawn
 from megavlm.train.optim import build_optimizer
 
-GPU_ALONE = ["kernels"]
+GPU_ALONE, CPU_ALONE = ["kernels"], ["adapter", "planned-step"]
+IN_PROCESSES = ["start-up", "checkpoint-1b", "checkpoint-1b-trained", "plan", "planned-step"]
+"""Benchmarks that take long even at toy size."""
 """Benchmarks that a machine without a GPU skips."""
 
 
@@ -245,21 +247,30 @@ def test_the_list_says_what_each_benchmark_is(capsys: pytest.CaptureFixture[str]
     assert re.split(r"\s{2,}", lines[1]) == ["decoder-step", about]
 
 
-def quick_rows(path: str) -> tuple[int, str]:
+def quick_rows(names: list[str], path: str) -> tuple[int, str]:
     said = io.StringIO()
     with contextlib.redirect_stdout(said):
-        code = bench.run(list(bench.BENCHMARKS), quick=True, out=path)
+        code = bench.run(names, quick=True, out=path)
     return code, said.getvalue()
 
 
-def test_each_benchmark_runs(tmp_path: Path) -> None:
-    ((code, said),) = spawn(quick_rows, 1, str(tmp_path / "rows.json"), timeout=600)
+@pytest.mark.parametrize(
+    "names",
+    [
+        [name for name in bench.BENCHMARKS if name not in IN_PROCESSES],
+        pytest.param(IN_PROCESSES, marks=pytest.mark.full),  # a minute
+    ],
+    ids=["here", "in processes of their own"],
+)
+def test_each_benchmark_runs(names: list[str], tmp_path: Path) -> None:
+    ((code, said),) = spawn(quick_rows, 1, names, str(tmp_path / "rows.json"), timeout=600)
     assert code == 0
     rows = json.loads((tmp_path / "rows.json").read_text())
     skipped = [line.partition(":")[0] for line in said.splitlines() if ": skipped: " in line]
-    expected = [name for name in bench.BENCHMARKS if name not in skipped]
+    expected = [name for name in names if name not in skipped]
     assert list(dict.fromkeys(row["benchmark"] for row in rows)) == expected
-    assert skipped == (["adapter", "planned-step"] if torch.cuda.is_available() else GPU_ALONE)
+    left_out = CPU_ALONE if torch.cuda.is_available() else GPU_ALONE
+    assert skipped == [name for name in names if name in left_out]
     for row in rows:
         assert "times" in row or row["figures"]
         assert all(times["min"] > 0 for times in row.get("times", {}).values())
