@@ -2,7 +2,8 @@
 
     .venv/bin/python tools/make_toy_bases.py [--out FOLDER] [--shorter N]
 
-Hardware: two CPU cores. Time: about 20 minutes. Expected: what `megavlm/toy/bases/manifest.json` says under accuracy.
+Hardware: two CPU cores. Time: three quarters of an hour.
+Expected: what `megavlm/toy/bases/manifest.json` says under accuracy.
 """
 
 from __future__ import annotations

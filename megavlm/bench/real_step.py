@@ -207,9 +207,6 @@ def run_at(workload: Workload, folder: Path, place: Place, fp8: Literal["none", 
     )
 
 
-# --- in a process of its own --------------------------------------------------------------------------------------
-
-
 def write_folder(workload: Workload, folder: Path) -> None:
     """Random weights as a folder."""
     place = _begin()
@@ -268,9 +265,6 @@ def _measured(side: Side, parameters: int, warmup: int, rounds: int) -> SideResu
         (torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()) if has_gpu else (None,) * 2
     )
     return SideResult(passes, parameters, allocated, reserved)
-
-
-# --- starting one -------------------------------------------------------------------------------------------------
 
 
 def _alone(function: Callable[P, T], *arguments: P.args, **keywords: P.kwargs) -> T:

@@ -98,10 +98,10 @@ def check_place(path: str | Path) -> None:
         raise ConfigError("--out", str(path), f"there is no folder {path.parent}", "make it, or name another file")
     try:
         known = _known(path)
-    except ValueError:
+    except (ValueError, OSError):
         known = None
     if not isinstance(known, list):
-        raise ConfigError("--out", str(path), "is there and is no list of rows", "name another file")
+        raise ConfigError("--out", str(path), "is there and cannot be read as a list of rows", "name another file")
 
 
 def append(rows: Sequence[Row], facts: dict[str, str | int], path: str | Path) -> None:

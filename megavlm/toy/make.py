@@ -27,20 +27,21 @@ from megavlm.toy.tower import Heads, labelled, tower_accuracy, train_tower
 
 logger = get_logger(__name__)
 
-PICTURES, TEXTS, HELD_OUT = 48_000, 40_000, 200
+PICTURES, HELD_OUT = 48_000, 200
 TOWER_STEPS = 3000
 LESSONS = (
-    (ToyWorld(kinds=("colour", "shape", "position"), questions=10), 1200, 2e-3),
-    (ToyWorld(questions=10), 2400, 2e-3),
+    (ToyWorld(kinds=("colour", "shape", "position"), questions=10), 10_000, 1200, 2e-3),
+    (ToyWorld(questions=10), 30_000, 2400, 2e-3),
 )
-"""What a decoder is told of, for how many steps, and the highest learning rate: which thing is where comes first."""
+"""What a decoder is told of, in how many texts, for how many steps, and the highest learning rate: which thing is where
+comes first."""
 SIGHTS = ToyWorld(kinds=("shape", "position", "count", "count_by", *("reading",) * 4, "chart"))
 """Pictures for a tower: words come often, for they are the hardest to see."""
 SPLITS: tuple[Split, ...] = ("unseen_pictures", "unseen_combinations")
 
 
 def make_bases(folder: Path, *, shorter: int = 1) -> None:
-    """Train both bases, half an hour on two cores, and write their weights and the manifest.
+    """Train both bases, three quarters of an hour on two cores, and write their weights and the manifest.
 
     `shorter`: divide samples and steps by this, for a look at whether it goes through.
     """
@@ -80,8 +81,8 @@ def tower_facts(tower: EvaTower, heads: Heads) -> dict[str, dict[str, Any]]:
 
 def _make_decoder(file: Path, shorter: int) -> dict[str, Any]:
     lessons = [
-        Lesson(list(texts(toy_words(), "train", 0, TEXTS // shorter, world)), steps // shorter, rate)
-        for world, steps, rate in LESSONS
+        Lesson(list(texts(toy_words(), "train", 0, count // shorter, world)), steps // shorter, rate)
+        for world, count, steps, rate in LESSONS
     ]
     decoder = train_decoder(decoder_shape(), lessons, after_step=_say("decoder"))
     write_weights(decoder.state_dict(), file)

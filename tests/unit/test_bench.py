@@ -51,9 +51,9 @@ from megavlm.testing import spawn
 from megavlm.train.optim import build_optimizer
 
 GPU_ALONE, CPU_ALONE = ["kernels"], ["adapter", "planned-step"]
+"""Benchmarks that a machine without a GPU skips, and those that one with a GPU skips."""
 IN_PROCESSES = ["start-up", "checkpoint-1b", "checkpoint-1b-trained", "plan", "planned-step"]
 """Benchmarks that take long even at toy size."""
-"""Benchmarks that a machine without a GPU skips."""
 
 
 def comparison(ours: list[Pass], theirs: list[Pass], warmup: int = 0, calls: list[str] | None = None) -> Comparison:
@@ -231,7 +231,8 @@ def test_the_command_refuses_what_it_does_not_know(tmp_path: Path, capsys: pytes
         (["--only", "decoder-stp"], "--only = 'decoder-stp': no such benchmark; did you mean decoder-step?"),
         (["--only"], "--only = None: has no value"),
         (["--only", "stalls", "--out", f"{tmp_path}/none/rows.json"], "there is no folder"),
-        (["--out", f"{tmp_path}/notes.json"], "is there and is no list of rows"),
+        (["--out", f"{tmp_path}/notes.json"], "cannot be read as a list of rows"),
+        (["--out", str(tmp_path)], "cannot be read as a list of rows"),
         (["--fast"], "'--fast': is no option of bench"),
     ):
         assert cli.main(["bench", *arguments]) == 2
