@@ -19,10 +19,11 @@ from megavlm.log import get_logger
 logger = get_logger(__name__)
 
 KINDS: tuple[PictureKind, ...] = (
-    *("colour", "shape", "position", "relation", "count", "count_by"),
-    *("reading", "reading", "reading", "character"),
+    *("colour", "shape", "shape", "position", "relation", "count"),
+    *("count_by", "count_by", "count_by"),
+    *("reading", "reading", "character"),
 )
-"""What pictures are drawn for: words are the hardest to see, and come often."""
+"""What pictures are drawn for: counting by colour or form is the hardest to learn, and comes often."""
 SAMPLES: dict[SampleKind, int] = {
     "pairs": 6000,
     "documents": 1500,

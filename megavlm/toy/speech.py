@@ -68,7 +68,7 @@ def _alone(dice: Dice, split: Split, world: ToyWorld) -> tuple[Turn, ...]:
 def story_turns(dice: Dice, split: Split, world: ToyWorld) -> tuple[Turn, ...]:
     """Questions about a complete caption, which begins the first of them."""
     scene, first = scene_and_question(dice, dice.pick(world.kinds), split, world)
-    asked = more_questions(dice, scene, first, dice.below(world.questions), world)
+    asked = more_questions(dice, scene, first, dice.below(world.questions), world.kinds)
     return _conversation(caption(dice, scene, complete=True) + dice.pick(("", " ")), asked)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 from megavlm.data.toy_world.dice import Dice
@@ -199,10 +199,12 @@ def scene_and_question(dice: Dice, kind: PictureKind, split: Split, world: ToyWo
     return scene, pick_question(dice, questions_of(scene, kind))
 
 
-def more_questions(dice: Dice, scene: Scene, first: Question, count: int, world: ToyWorld) -> list[Question]:
-    """The first and up to `count` others about the scene, of the world's kinds, in random order."""
+def more_questions(
+    dice: Dice, scene: Scene, first: Question, count: int, kinds: Iterable[PictureKind]
+) -> list[Question]:
+    """The first and up to `count` others of these kinds about the scene, in random order."""
     asked = [first]
-    choices = {kind: questions_of(scene, kind) for kind in dict.fromkeys(world.kinds)}
+    choices = {kind: questions_of(scene, kind) for kind in dict.fromkeys(kinds)}
     for _ in range(count):
         left = {kind: found for kind in choices if (found := [one for one in choices[kind] if one not in asked])}
         if left:

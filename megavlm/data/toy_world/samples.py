@@ -12,7 +12,7 @@ from megavlm.data.toy_world.draw import draw, encode
 from megavlm.data.toy_world.questions import Question, compare, more_questions, scene_and_question, text_question
 from megavlm.data.toy_world.scene import Scene, draw_scene
 from megavlm.data.toy_world.text import INTRODUCTIONS, caption
-from megavlm.data.toy_world.world import KINDS, Kind, SampleKind, Split, ToyWorld
+from megavlm.data.toy_world.world import KINDS, Kind, PictureKind, SampleKind, Split, ToyWorld
 
 
 def toy_samples(
@@ -101,7 +101,7 @@ def _document(dice: Dice, split: Split, world: ToyWorld) -> Parts:
     text, scenes = dice.pick(INTRODUCTIONS).format(count=count), []
     for number in range(count):
         scene, first = scene_and_question(dice, dice.pick(world.kinds), split, world)
-        asked = more_questions(dice, scene, first, dice.below(2), world) if dice.below(2) else []
+        asked = more_questions(dice, scene, first, dice.below(2), _beside(first, world)) if dice.below(2) else []
         sentences = [caption(dice, scene), *(f"{one.text} {one.answer}." for one in asked)]
         text += (" " if number else "") + IMAGE_TAG + " ".join(sentences)
         scenes.append(scene)
@@ -110,7 +110,13 @@ def _document(dice: Dice, split: Split, world: ToyWorld) -> Parts:
 
 def _chat(dice: Dice, split: Split, world: ToyWorld) -> Parts:
     scene, first = scene_and_question(dice, dice.pick(world.kinds), split, world)
-    return [scene], "", more_questions(dice, scene, first, dice.below(world.questions), world)
+    return [scene], "", more_questions(dice, scene, first, dice.below(world.questions), _beside(first, world))
+
+
+def _beside(first: Question, world: ToyWorld) -> list[PictureKind]:
+    """What else is asked: counts by colour and form where the picture was drawn for them, for elsewhere all but one in
+    ten are 0 or 1, and a model learns to say so."""
+    return [kind for kind in world.kinds if kind != "count_by" or first.kind == kind]
 
 
 def _several(dice: Dice, split: Split, world: ToyWorld) -> Parts:
