@@ -21,7 +21,7 @@ from megavlm.toy.make import SIGHTS
 from megavlm.toy.seen import PATCH_CLASSES, seen_pictures
 from megavlm.toy.speech import LOOK_BACK, look_back, speech_accuracy, texts
 from megavlm.toy.tokenizer import toy_words
-from megavlm.toy.tower import Labelled, labelled, patch_rows
+from megavlm.toy.tower import Labelled, labelled, tower_features
 
 BUDGET = 8 * 2**20
 FOLDER = Path(str(WEIGHTS))
@@ -51,8 +51,7 @@ def test_the_tower_tells_colours_shapes_and_characters_of_patches_apart() -> Non
 def _features(pictures: Labelled) -> torch.Tensor:
     """[patches of all pictures, width + 1]"""
     with torch.no_grad():
-        features = base_tower()(patch_rows(pictures.pixels, 8))[:, 1:].flatten(0, 1)
-    features = torch.nn.functional.layer_norm(features, features.shape[-1:])
+        features = tower_features(base_tower(), pictures.pixels)[0].flatten(0, 1)
     return torch.cat([features, torch.ones(len(features), 1)], dim=1)
 
 
