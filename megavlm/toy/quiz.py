@@ -99,6 +99,14 @@ class Respondent:
 
     def answers(self, questions: Sequence[str], pictures: Sequence[Image.Image] | None) -> list[str]:
         """The answer to each question about its picture, or to the questions alone."""
+        inputs = self.inputs(questions, pictures)
+        with torch.no_grad():
+            tokens = self.model.generate(**inputs, max_new_tokens=LONGEST_ANSWER, do_sample=False)
+        new = tokens[:, inputs["input_ids"].size(1) :]
+        return [text.strip() for text in self.processor.tokenizer.batch_decode(new, skip_special_tokens=True)]
+
+    def inputs(self, questions: Sequence[str], pictures: Sequence[Image.Image] | None) -> Mapping[str, torch.Tensor]:
+        """What the model is given, up to where its answers begin."""
         image = [] if pictures is None else [{"type": "image"}]
         texts = [
             self.processor.apply_chat_template(
@@ -110,11 +118,8 @@ class Respondent:
         ]
         images = None if pictures is None else [[picture] for picture in pictures]
         padded = {"padding": True, "padding_side": "left", "return_tensors": "pt"} if self._is_aquila_vl else {}
-        inputs = self.processor(images=images, text=texts, **padded)
-        with torch.no_grad():
-            tokens = self.model.generate(**inputs, max_new_tokens=LONGEST_ANSWER, do_sample=False)
-        new = tokens[:, inputs["input_ids"].size(1) :]
-        return [text.strip() for text in self.processor.tokenizer.batch_decode(new, skip_special_tokens=True)]
+        inputs: Mapping[str, torch.Tensor] = self.processor(images=images, text=texts, **padded)
+        return inputs
 
 
 def quiz(

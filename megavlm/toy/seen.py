@@ -77,7 +77,7 @@ def seen_tiles(split: Split, first: int, count: int, world: ToyWorld, grid: Grid
         plan = plan_image(scene.width, scene.height, "image", grid)
         assert plan.split is not None
         tile, side = number % (plan.tiles - 1), grid.tokens_per_side
-        pixels.append(cut_tiles(plan, np.asarray(draw(scene)), resize_quick)[[0, 1 + tile]])
+        pixels.append(cut_tiles(plan, np.array(draw(scene)), resize_quick)[[0, 1 + tile]])
         fine = _of_patches(scene, (plan.split.rows * side, plan.split.columns * side)) * ON_TILES
         top, left = tile // plan.split.columns * side, tile % plan.split.columns * side
         of_patches += [_of_patches(scene, (side, side)), fine[top : top + side, left : left + side]]

@@ -27,7 +27,11 @@ from megavlm.model.aquila_vl.state_map import TRANSFORMERS, aquila_vl_state_map
 from megavlm.model.decoder.config import DecoderConfig
 from megavlm.model.infimm.state_map import infimm_state_map
 from megavlm.model.towers.eva import EvaTower
+from megavlm.model.towers.eva_config import EvaConfig
 from megavlm.model.towers.eva_state_map import eva_state_map
+from megavlm.model.towers.siglip import SiglipTower
+from megavlm.model.towers.siglip_config import SiglipConfig
+from megavlm.model.towers.siglip_state_map import siglip_state_map
 from megavlm.recipes.tiny import AQUILA_VL, DECODER, EVA, INFIMM, QWEN
 from megavlm.toy.resampler_start import FIRST_ATTENTION, looking_latents
 from megavlm.toy.tokenizer import NEW_TOKENS, write_tokenizer
@@ -70,15 +74,18 @@ def write_decoder(folder: Path, *, of_chatml: bool = False) -> Path:
     return folder
 
 
-def base_tower() -> EvaTower:
-    """The toy tower alone."""
-    tower, table = EvaTower(EVA), eva_state_map(EVA, theirs="")
-    with as_file(WEIGHTS / EVA_FILE) as file:
+def base_tower(config: EvaConfig | SiglipConfig = EVA) -> EvaTower | SiglipTower:
+    """The toy tower of this shape alone."""
+    if isinstance(config, EvaConfig):
+        tower, table, kept = EvaTower(config), eva_state_map(config, theirs=""), EVA_FILE
+    else:
+        tower, table, kept = SiglipTower(config), siglip_state_map(config, theirs=""), SIGLIP_FILE
+    with as_file(WEIGHTS / kept) as file:
         weights = load_file(file)
     parameters = dict(tower.named_parameters())
     for entry in table.entries:
-        (name,) = entry.theirs
-        parameters[entry.ours].data.copy_(weights[name].view_as(parameters[entry.ours]))
+        parameter = parameters[entry.ours]
+        parameter.data.copy_(torch.cat([weights[name] for name in entry.theirs]).view_as(parameter))
     return tower.eval()
 
 
