@@ -5,14 +5,14 @@
 Hardware: two CPU cores. Time: about half a minute. Expected: `lm loss` falls from 4.6 to below 1.
 
     make quickstart                               # infimm-tiny's three stages from toy bases, and what they learnt
+    make quickstart FAMILY=aquila-vl              # aquila-vl-tiny's six
     megavlm train infimm-tiny/pretrain --data-path data --load-hf FOLDER
 
 The stages of InfiMM and of Aquila-VL on the toy world: models of 2M parameters each, the same streams, thirds, grids,
 trainables and templates. Data sets: toy-pairs, toy-documents, toy-chat, toy-multi_image and toy-text below
-`--data-path`. The tokenizer's tokens for the tags are asked of the settings, and a wrong number is refused with the
-right one; infimm-tiny's are those of the toy tokenizer. `megavlm.toy.bases.infimm_base` writes a folder to start from,
-`megavlm.toy.data.prepare_toy_data` the data sets. Time and result of infimm-tiny: docs/quickstart.md. aquila-vl-tiny
-has no bases yet: expect that a run goes through, no more.
+`--data-path`. The tokens of the tags are those of the toy tokenizer; those of another are asked of the settings, and a
+wrong number is refused with the right one. `megavlm.toy.bases` writes folders to start from (`infimm_base`,
+`aquila_vl_base`), `megavlm.toy.data.prepare_toy_data` the data sets. Time and result: docs/quickstart.md.
 """
 
 from __future__ import annotations

@@ -89,7 +89,7 @@ def _make_eva(folder: Path, shorter: int) -> dict[str, dict[str, Any]]:
     write_weights({"places": place_readings(heads.patches.weight)}, folder / PLACES_FILE)
     taught = "labels of every patch of toy pictures, counts of whole pictures"
     read = "the tower's linear readings of a patch's row and column, from which the resampler's first attention is made"
-    found = {split: seen_pictures(split, 0, HELD_OUT, SIGHTS) for split in SPLITS}
+    found: dict[str, Seen] = {split: seen_pictures(split, 0, HELD_OUT, SIGHTS) for split in SPLITS}
     return {EVA_FILE: _tower_facts(taught, tower, heads, found), PLACES_FILE: {"read off": read}}
 
 
@@ -99,7 +99,7 @@ def _make_siglip(folder: Path, shorter: int) -> dict[str, dict[str, Any]]:
     tower, heads = train_tower(SIGLIP, seen, steps, batch=TILED_BATCH, after_step=_say("siglip"))
     write_weights(tower_tensors(tower, siglip_state_map(SIGLIP, theirs="")), folder / SIGLIP_FILE)
     taught = "labels of every patch of toy pictures squeezed into a tile and of tiles of them, counts of whole pictures"
-    found = {}
+    found: dict[str, Seen] = {}
     for split in SPLITS:
         tiles = seen_tiles(split, 0, HELD_OUT, SIGHTS, TILES)
         found |= {split: Seen(*(array[::2] for array in tiles)), f"{split}, tiles": Seen(*(a[1::2] for a in tiles))}

@@ -70,7 +70,7 @@ def seen_pictures(split: Split, first: int, count: int, world: ToyWorld) -> Seen
 
 
 def seen_tiles(split: Split, first: int, count: int, world: ToyWorld, grid: GridConfig) -> Seen:
-    """Of each picture, as Aquila-VL's tower sees it, the base tile and then one tile of its grid, all of these in turn."""
+    """Of each picture, as Aquila-VL's tower sees it, the base tile and then one of its grid, which come in turn."""
     pixels, of_patches, of_pictures = [], [], []
     for number in range(first, first + count):
         scene = toy_scene(split, number, world)

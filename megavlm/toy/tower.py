@@ -1,7 +1,7 @@
 """A small tower that learns to see the toy world from labels of every patch: toy supervision, no CLIP.
 
-InfiMM's EVA is read behind a plain LayerNorm, and pictures as a whole by its class token. Aquila-VL's SigLIP has no such
-token, and no norm before the projector: it is read as it is, and pictures by the mean of their patches.
+InfiMM's EVA is read behind a plain LayerNorm, and pictures as a whole by its class token. Aquila-VL's SigLIP has no
+such token, and no norm before the projector: it is read as it is, and pictures by the mean of their patches.
 """
 
 from __future__ import annotations

@@ -163,8 +163,8 @@ def test_transformers_finds_the_kept_parts_in_the_base_of_aquila_vl(tmp_path: Pa
 def test_aquila_vl_is_asked_as_it_was_trained(tmp_path: Path) -> None:
     base = aquila_vl_base(tmp_path / "base")
     read, respondent = Tokenizer(base), Respondent(base)
-    grid = recipe("aquila-vl-tiny/4").aquila_vl
-    assert grid is not None
+    parts = recipe("aquila-vl-tiny/4").aquila_vl
+    assert parts is not None
     asked = [question for _, question in toy_questions("reading", "unseen_pictures", 0, 3)]
     pictures = [Image.new("RGB", size) for size in ((64, 64), (200, 64), (30, 90))]
     inputs = respondent.inputs([question.text for question in asked], pictures)
@@ -173,8 +173,9 @@ def test_aquila_vl_is_asked_as_it_was_trained(tmp_path: Path) -> None:
     ):
         turn = Turn("user", f"<image>\n{question.text}")
         expected = encode_chat([turn], read, ChatConfig(template="chatml"), open_answer=True).tokens
-        count = plan_image(*picture.size, "image", grid.grid).tokens
-        repeats = np.where(expected == grid.image_token_id, count, 1)
+        width, height = picture.size
+        count = plan_image(width, height, "image", parts.grid).tokens
+        repeats = np.where(expected == parts.image_token_id, count, 1)
         assert tokens[mask.bool()].tolist() == expected.repeat(repeats).tolist()
     answers = respondent.answers([question.text for question in asked], pictures)
     assert all(answer and len(answer.split()) <= LONGEST_ANSWER for answer in answers)

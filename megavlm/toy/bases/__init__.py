@@ -76,6 +76,7 @@ def write_decoder(folder: Path, *, of_chatml: bool = False) -> Path:
 
 def base_tower(config: EvaConfig | SiglipConfig = EVA) -> EvaTower | SiglipTower:
     """The toy tower of this shape alone."""
+    tower: EvaTower | SiglipTower
     if isinstance(config, EvaConfig):
         tower, table, kept = EvaTower(config), eva_state_map(config, theirs=""), EVA_FILE
     else:
