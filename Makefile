@@ -36,7 +36,7 @@ checks: $(STAMP)  ## format, lint, types, spelling, import rules, size budget
 bench: $(STAMP)  ## measure this machine, as one table
 	PYTHONWARNINGS=ignore $(VENV)/bin/megavlm bench
 
-quickstart: $(STAMP)  ## train the toy model, end to end
+quickstart: $(STAMP)  ## train the toy model, end to end (FAMILY=aquila-vl: the other one)
 	$(VENV)/bin/python tools/quickstart.py $(if $(FAMILY),--family $(FAMILY))
 
 clean:  ## remove .venv and all caches

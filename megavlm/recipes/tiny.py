@@ -5,14 +5,14 @@
 Hardware: two CPU cores. Time: about half a minute. Expected: `lm loss` falls from 4.6 to below 1.
 
     make quickstart                               # infimm-tiny's three stages from toy bases, and what they learnt
+    make quickstart FAMILY=aquila-vl              # aquila-vl-tiny's six
     megavlm train infimm-tiny/pretrain --data-path data --load-hf FOLDER
 
 The stages of InfiMM and of Aquila-VL on the toy world: models of 2M parameters each, the same streams, thirds, grids,
 trainables and templates. Data sets: toy-pairs, toy-documents, toy-chat, toy-multi_image and toy-text below
-`--data-path`. The tokenizer's tokens for the tags are asked of the settings, and a wrong number is refused with the
-right one; infimm-tiny's are those of the toy tokenizer. `megavlm.toy.bases.infimm_base` writes a folder to start from,
-`megavlm.toy.data.prepare_toy_data` the data sets. Time and result of infimm-tiny: docs/quickstart.md. aquila-vl-tiny
-has no bases yet: expect that a run goes through, no more.
+`--data-path`. The tokens of the tags are those of the toy tokenizer; those of another are asked of the settings, and a
+wrong number is refused with the right one. `megavlm.toy.bases` writes folders to start from (`infimm_base`,
+`aquila_vl_base`), `megavlm.toy.data.prepare_toy_data` the data sets. Time and result: docs/quickstart.md.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from megavlm.build.run_config import (
     TrainConfig,
 )
 from megavlm.recipes import aquila_vl, infimm
-from megavlm.tiles import STAGE_GRIDS
+from megavlm.tiles import STAGE_GRIDS, GridConfig
 
 
 def decoder_tiny() -> RunConfig:
@@ -114,7 +114,24 @@ INFIMM = InfiMMConfig(
     image_token_id=262,
     eoc_token_id=261,
 )
-SIGLIP = SiglipConfig(image_size=56, patch_size=8, width=96, depth=3, heads=4, mlp_width=384)
+QWEN = DECODER.replace(family="qwen2", add_qkv_bias=True, eos_token_ids=(4,))
+"""The same decoder in Qwen2.5's form, though with as many keys as queries and an output layer of its own."""
+SIGLIP = SiglipConfig(image_size=56, patch_size=14, width=96, depth=4, heads=4, mlp_width=384)
+AQUILA_VL = AquilaVLConfig(
+    tower=SIGLIP,
+    grid=GridConfig(tile_size=SIGLIP.image_size, patch_size=SIGLIP.patch_size),
+    image_token_id=262,
+    video_token_id=5,
+)
+AQUILA_VL_STEPS = {
+    "1": (200, 2e-3),
+    "2a": (150, 1e-3),
+    "2b": (150, 1e-3),
+    "2c": (150, 1e-3),
+    "3": (150, 1e-3),
+    "4": (100, 5e-4),
+}
+"""Steps and learning rate of each stage."""
 
 
 def infimm_tiny_pretrain() -> RunConfig:
@@ -146,20 +163,16 @@ def aquila_vl_tiny(stage: str) -> RunConfig:
     real = aquila_vl.RECIPES[f"aquila-vl-2b/{stage}"]()
     assert real.data is not None
     first = real.data.streams[0].sources[0]
-    names = ("toy-pairs",) if stage == "1" else ("toy-chat", "toy-multi_image", "toy-text")
-    samples = _stream(16, dict.fromkeys(names, 1.0), name="samples", part=first.part, parts=first.parts)
+    weights = {"toy-pairs": 1} if stage == "1" else {"toy-chat": 6, "toy-multi_image": 1, "toy-text": 1}
+    samples = _stream(16, weights, name="samples", part=first.part, parts=first.parts)
     grid = STAGE_GRIDS[stage].replace(tile_size=SIGLIP.image_size, patch_size=SIGLIP.patch_size)
-    decoder = DECODER.replace(
-        family="qwen2",
-        num_query_groups=2,
-        add_qkv_bias=True,
-        vocab_size=512,
-        tied_embeddings=True,
-        rotary_base=1_000_000,
+    steps, lr = AQUILA_VL_STEPS[stage]
+    return _toy(
+        *(real, (samples,), steps, lr),
+        name=f"aquila-vl-tiny/{stage}",
+        decoder=QWEN,
+        aquila_vl=AQUILA_VL.replace(grid=grid),
     )
-    parts = AquilaVLConfig(tower=SIGLIP, grid=grid, image_token_id=510, video_token_id=511)
-    lr = 2e-3 if stage == "1" else 5e-4
-    return _toy(real, (samples,), 100, lr, name=f"aquila-vl-tiny/{stage}", decoder=decoder, aquila_vl=parts)
 
 
 def _toy(real: RunConfig, streams: tuple[StreamConfig, ...], steps: int, lr: float, **model: Any) -> RunConfig:

@@ -12,8 +12,8 @@ from pathlib import Path
 
 from megavlm.data.toy_world.world import PictureKind, SampleKind
 from megavlm.log import get_logger
-from megavlm.recipes import RECIPES
-from megavlm.toy.bases import infimm_base
+from megavlm.recipes import RECIPES, recipe
+from megavlm.toy.bases import FAMILY_BASES
 from megavlm.toy.data import KINDS, SAMPLES, prepare_toy_data, toy_world
 from megavlm.toy.quiz import Asked, Respondent, Score, quiz
 from megavlm.toy.show import losses_in
@@ -37,18 +37,18 @@ def run_course(
     folder: Path,
     seed: int,
     *,
-    recipe: str = "infimm-tiny",
+    family: str = "infimm",
     questions: int = 100,
     samples: Mapping[SampleKind, int] = SAMPLES,
     options: Sequence[str] = (),
 ) -> Course:
-    """Bases, data, all stages of the recipe, and questions about unseen pictures to the folder `trained`."""
+    """Bases, data, all stages of the family's toy, and questions about unseen pictures to the folder `trained`."""
     watch = _Watch()
-    start = infimm_base(folder / "base", seed)
-    prepare_toy_data(folder / "data", start, seed, samples=samples, workers=2)
+    stages = [name for name in RECIPES if name.startswith(f"{family}-tiny/")]
+    start = FAMILY_BASES[family](folder / "base", seed)
+    prepare_toy_data(folder / "data", start, seed, family=family, samples=_named(samples, stages), workers=2)
     watch.lap("data")
     losses = {}
-    stages = [name for name in RECIPES if name.startswith(recipe + "/")]
     for stage in stages:
         out = folder / ("trained" if stage == stages[-1] else stage.partition("/")[2])
         losses[stage.partition("/")[2]] = train_stage(stage, start, folder / "data", out, seed, options)
@@ -58,6 +58,13 @@ def run_course(
     scores, asked = quiz(Respondent(start), kinds, toy_world(seed), questions)
     watch.lap("questions")
     return Course(losses, scores, asked, watch.laps)
+
+
+def _named(samples: Mapping[SampleKind, int], stages: Sequence[str]) -> dict[SampleKind, int]:
+    """Of these the data sets that the stages learn from."""
+    data = [run.data for run in map(recipe, stages) if run.data is not None]
+    names = {source.name for one in data for stream in one.streams for source in stream.sources}
+    return {kind: count for kind, count in samples.items() if f"toy-{kind}" in names}
 
 
 def train_stage(

@@ -10,7 +10,13 @@ from typing import Any
 
 import torch
 from PIL import Image
-from transformers import AutoModelForCausalLM, AutoProcessor
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    LlavaOnevisionProcessor,
+)
 
 from megavlm.data.sample import Sample
 from megavlm.data.toy_world.questions import Question, is_right
@@ -56,18 +62,51 @@ class Score:
         return (self.unseen_pictures + self.unseen_combinations) / 2
 
 
+class PictureProcessor(LlavaOnevisionProcessor):
+    """transformers' processor for Aquila-VL without its half for videos, for which alone it wants torchvision."""
+
+    # from_pretrained looks at these names for what the processor consists of, and for what it may pass on.
+    def __init__(
+        self,
+        image_processor: Any = None,
+        tokenizer: Any = None,
+        num_image_tokens: int | None = None,
+        vision_feature_select_strategy: str | None = None,
+        vision_aspect_ratio: str = "anyres_max_9",
+        chat_template: str | None = None,
+    ) -> None:
+        super().__init__(
+            image_processor,
+            tokenizer,
+            num_image_tokens=num_image_tokens,
+            vision_feature_select_strategy=vision_feature_select_strategy,
+            vision_aspect_ratio=vision_aspect_ratio,
+            chat_template=chat_template,
+        )
+
+
 class Respondent:
     """A model that transformers has loaded from a folder."""
 
     def __init__(self, folder: Path) -> None:
-        # The folder's code is what the export before has written.
-        self.processor: Any = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
-        self.model: Any = AutoModelForCausalLM.from_pretrained(
-            folder, trust_remote_code=True, dtype=torch.float32
-        ).eval()
+        # The folder's code is what the export before has written; Aquila-VL's is a part of transformers.
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=True)
+        self._is_aquila_vl = config.model_type == "llava_onevision"
+        processor: Any = PictureProcessor if self._is_aquila_vl else AutoProcessor
+        model: Any = AutoModelForImageTextToText if self._is_aquila_vl else AutoModelForCausalLM
+        self.processor = processor.from_pretrained(folder, trust_remote_code=True)
+        self.model = model.from_pretrained(folder, trust_remote_code=True, dtype=torch.float32).eval()
 
     def answers(self, questions: Sequence[str], pictures: Sequence[Image.Image] | None) -> list[str]:
         """The answer to each question about its picture, or to the questions alone."""
+        inputs = self.inputs(questions, pictures)
+        with torch.no_grad():
+            tokens = self.model.generate(**inputs, max_new_tokens=LONGEST_ANSWER, do_sample=False)
+        new = tokens[:, inputs["input_ids"].size(1) :]
+        return [text.strip() for text in self.processor.tokenizer.batch_decode(new, skip_special_tokens=True)]
+
+    def inputs(self, questions: Sequence[str], pictures: Sequence[Image.Image] | None) -> Mapping[str, torch.Tensor]:
+        """What the model is given, up to where its answers begin."""
         image = [] if pictures is None else [{"type": "image"}]
         texts = [
             self.processor.apply_chat_template(
@@ -78,11 +117,9 @@ class Respondent:
             for question in questions
         ]
         images = None if pictures is None else [[picture] for picture in pictures]
-        inputs = self.processor(images=images, text=texts)
-        with torch.no_grad():
-            tokens = self.model.generate(**inputs, max_new_tokens=LONGEST_ANSWER, do_sample=False)
-        new = tokens[:, inputs["input_ids"].size(1) :]
-        return [text.strip() for text in self.processor.tokenizer.batch_decode(new, skip_special_tokens=True)]
+        padded = {"padding": True, "padding_side": "left", "return_tensors": "pt"} if self._is_aquila_vl else {}
+        inputs: Mapping[str, torch.Tensor] = self.processor(images=images, text=texts, **padded)
+        return inputs
 
 
 def quiz(

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from megavlm.data.tile_images import cut_tiles, resize_quick
 from megavlm.data.toy_world.draw import Part, draw, parts
 from megavlm.data.toy_world.labels import (
     CHARACTER_CLASSES,
@@ -18,11 +19,14 @@ from megavlm.data.toy_world.labels import (
 )
 from megavlm.data.toy_world.scene import Bar, Chart, Scene, Word
 from megavlm.data.toy_world.world import COLOURS, MOST_VALUE, SHAPES, Split, ToyWorld
+from megavlm.tiles import GridConfig, plan_image
 
 MOST_THINGS = 4
 """Shapes of a picture, characters of a word or bars of a chart."""
 GRID = 8
-"""Patches along each side of a picture."""
+"""Patches along each side of a picture, as InfiMM's tower sees it."""
+NOT_ASKED = 255
+"""The label of what a tile does not show: how many things there are in the whole picture."""
 
 PATCH_CLASSES = {
     "colour": len(COLOUR_CLASSES),
@@ -40,8 +44,12 @@ PICTURE_CLASSES = dict.fromkeys(("things", *COLOURS, *SHAPES), 1 + MOST_THINGS)
 """What is said of a whole picture -> classes: how many things there are, and how many shapes of each colour, form."""
 
 
+ON_TILES = [name in ("colour", "shape", "character") for name in PATCH_CLASSES]
+"""Whether each of these can be told from a tile alone, which shows neither its place nor what stands beside it."""
+
+
 class Seen(NamedTuple):
-    """Pictures of 64x64 pixels and what there is to see."""
+    """Pictures, or tiles of pictures, of one size and what there is to see."""
 
     pixels: NDArray[np.uint8]
     """[pictures, height, width, 3]"""
@@ -56,15 +64,32 @@ def seen_pictures(split: Split, first: int, count: int, world: ToyWorld) -> Seen
     scenes = [toy_scene(split, number, world) for number in range(first, first + count)]
     return Seen(
         np.stack([np.asarray(draw(scene)) for scene in scenes]),
-        np.stack([_of_patches(scene) for scene in scenes]).astype(np.uint8),
+        np.stack([_of_patches(scene, (GRID, GRID)).reshape(GRID * GRID, -1) for scene in scenes]).astype(np.uint8),
         np.array([_of_picture(scene) for scene in scenes], np.uint8),
     )
 
 
-def _of_patches(scene: Scene) -> NDArray[np.int64]:
-    """[patches, PATCH_CLASSES]"""
+def seen_tiles(split: Split, first: int, count: int, world: ToyWorld, grid: GridConfig) -> Seen:
+    """Of each picture, as Aquila-VL's tower sees it, the base tile and then one of its grid, which come in turn."""
+    pixels, of_patches, of_pictures = [], [], []
+    for number in range(first, first + count):
+        scene = toy_scene(split, number, world)
+        plan = plan_image(scene.width, scene.height, "image", grid)
+        assert plan.split is not None
+        tile, side = number % (plan.tiles - 1), grid.tokens_per_side
+        pixels.append(cut_tiles(plan, np.array(draw(scene)), resize_quick)[[0, 1 + tile]])
+        fine = _of_patches(scene, (plan.split.rows * side, plan.split.columns * side)) * ON_TILES
+        top, left = tile // plan.split.columns * side, tile % plan.split.columns * side
+        of_patches += [_of_patches(scene, (side, side)), fine[top : top + side, left : left + side]]
+        of_pictures += [_of_picture(scene), [NOT_ASKED] * len(PICTURE_CLASSES)]
+    labels = np.stack(of_patches).reshape(2 * count, -1, len(PATCH_CLASSES))
+    return Seen(np.concatenate(pixels), labels.astype(np.uint8), np.array(of_pictures, np.uint8))
+
+
+def _of_patches(scene: Scene, grid: tuple[int, int]) -> NDArray[np.int64]:
+    """[rows, columns, PATCH_CLASSES]"""
     said = [(0,) * len(PATCH_CLASSES), *(_looks(part) + rest for part, rest in _placed_parts(scene))]
-    return np.array(said)[covering_parts(scene, (GRID, GRID)).ravel()]
+    return np.array(said)[covering_parts(scene, grid)]
 
 
 def _looks(part: Part) -> tuple[int, ...]:

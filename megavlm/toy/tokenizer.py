@@ -30,30 +30,34 @@ def words() -> list[str]:
     return [*_SPECIAL, *_PHRASES, *plain, *(f" {word}" for word in vocabulary())]
 
 
-def toy_tokenizer() -> PreTrainedTokenizerFast:
-    """Splits text so that joining its tokens gives it back, but for blanks around the words of the chat formats."""
+def toy_tokenizer(*, of_chatml: bool = False) -> PreTrainedTokenizerFast:
+    """Splits text so that joining its tokens gives it back, but for blanks around the words of the chat formats.
+
+    `of_chatml`: as Qwen2.5's does, it lets no text begin with a token of its own, and messages are what ends.
+    """
     known = words()
     tokenizer = Pieces(models.WordLevel({word: number for number, word in enumerate(known)}, unk_token=UNKNOWN))
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(_PIECE), "isolated")
     tokenizer.decoder = decoders.Fuse()
     tokenizer.add_special_tokens([AddedToken(word, normalized=False) for word in (*_SPECIAL, *NEW_TOKENS)])
     tokenizer.add_tokens([AddedToken(word, lstrip=True, normalized=False) for word in _PHRASES])
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single=f"{START} $A", special_tokens=[(START, known.index(START))]
-    )
+    if not of_chatml:
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single=f"{START} $A", special_tokens=[(START, known.index(START))]
+        )
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         unk_token=UNKNOWN,
         bos_token=START,
-        eos_token=END,
+        eos_token=MESSAGE_END if of_chatml else END,
         pad_token=END,
         clean_up_tokenization_spaces=False,
     )
 
 
-def write_tokenizer(folder: Path) -> None:
+def write_tokenizer(folder: Path, *, of_chatml: bool = False) -> None:
     """Its files."""
-    toy_tokenizer().save_pretrained(folder)
+    toy_tokenizer(of_chatml=of_chatml).save_pretrained(folder)
 
 
 def toy_words() -> Tokenizer:

@@ -47,10 +47,12 @@ def tiny_stage(name: str, root: Path, degrees: dict[str, Any]) -> RunConfig:
     image, video = tokenizer.token_of("<image>"), tokenizer.token_of("<video>")
     assert image is not None and video is not None
     tags: dict[str, Any] = {}
+    decoder = run.decoder.replace(vocab_size=512)
     if run.infimm is not None:
         tags["infimm"] = run.infimm.replace(image_token_id=image)
     if run.aquila_vl is not None:
         tags["aquila_vl"] = run.aquila_vl.replace(image_token_id=image, video_token_id=video)
+        decoder = decoder.replace(num_query_groups=2, tied_embeddings=True)  # as the real model, unlike its toy
     of_each = PER_STEP // len(run.data.streams)
     data = run.data.replace(
         path=str(root / "data"),
@@ -60,7 +62,7 @@ def tiny_stage(name: str, root: Path, degrees: dict[str, Any]) -> RunConfig:
     )
     return run.replace(
         data=data,
-        decoder=run.decoder.replace(vocab_size=512),
+        decoder=decoder,
         parallel=ParallelConfig(**degrees),
         optimizer=run.optimizer.replace(lr_warmup_iters=0, lr_warmup_fraction=None),
         **tags,

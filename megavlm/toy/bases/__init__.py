@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib.resources import as_file, files
 from pathlib import Path
 
@@ -15,26 +15,38 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from megavlm.checkpoint.fresh import FreshWeights
 from megavlm.checkpoint.hf_folder import HFFolder
+from megavlm.checkpoint.sources import ComposedWeights, GrownWeights
+from megavlm.export.aquila_vl_folder import aquila_vl_family_files
 from megavlm.export.assemble import assemble_infimm, write_folder
 from megavlm.export.hf_export import tokenizer_files
 from megavlm.export.infimm_folder import infimm_family_files
+from megavlm.export.tagged_tokenizer import tagged_tokenizer
+from megavlm.model.aquila_vl.state_map import TRANSFORMERS, aquila_vl_state_map
 from megavlm.model.decoder.config import DecoderConfig
 from megavlm.model.infimm.state_map import infimm_state_map
 from megavlm.model.towers.eva import EvaTower
+from megavlm.model.towers.eva_config import EvaConfig
 from megavlm.model.towers.eva_state_map import eva_state_map
-from megavlm.recipes.tiny import DECODER, EVA, INFIMM
+from megavlm.model.towers.siglip import SiglipTower
+from megavlm.model.towers.siglip_config import SiglipConfig
+from megavlm.model.towers.siglip_state_map import siglip_state_map
+from megavlm.recipes.tiny import AQUILA_VL, DECODER, EVA, INFIMM, QWEN
 from megavlm.toy.resampler_start import FIRST_ATTENTION, looking_latents
 from megavlm.toy.tokenizer import NEW_TOKENS, write_tokenizer
 
 WEIGHTS = files("megavlm.toy.bases")
 DECODER_FILE, EVA_FILE, PLACES_FILE = "decoder.safetensors", "eva.safetensors", "places.safetensors"
+SIGLIP_FILE = "siglip.safetensors"
 MANIFEST = "manifest.json"
 OPEN_GATES = {".attn_gate": 1.0, ".ff_gate": 0.5}
 """Where gates start. From 0, as in the real models, those of the attention come to 0.03 in 500 steps."""
 
 SILENT = (".0.to_out.weight", ".1.3.weight", ".attn.to_out.weight", ".ff.3.weight")
 """Last projections of the resampler's layers and of the gated blocks: these start from zero."""
+
+_VOCABULARY = ("model.embed_tokens.weight", "lm_head.weight")
 
 
 def decoder_shape() -> DecoderConfig:
@@ -47,8 +59,8 @@ def write_weights(tensors: Mapping[str, Tensor], file: Path) -> None:
     save_file({name: tensor.detach().to(torch.bfloat16).contiguous() for name, tensor in tensors.items()}, file)
 
 
-def write_decoder(folder: Path) -> Path:
-    """The toy decoder as a folder of its own, with its tokenizer."""
+def write_decoder(folder: Path, *, of_chatml: bool = False) -> Path:
+    """The toy decoder as a folder of its own, with its tokenizer, which may be that of chatml."""
     folder.mkdir(parents=True, exist_ok=True)
     with as_file(WEIGHTS / DECODER_FILE) as file:
         weights = {name: tensor.float() for name, tensor in load_file(file).items()}
@@ -58,20 +70,44 @@ def write_decoder(folder: Path) -> Path:
     tokens = {"bos_token_id": shape.bos_token_id, "eos_token_id": end, "pad_token_id": end}
     (folder / "config.json").write_text(json.dumps(shape.to_hf("float32"), indent=2) + "\n")
     (folder / "generation_config.json").write_text(json.dumps(tokens, indent=2) + "\n")
-    write_tokenizer(folder)
+    write_tokenizer(folder, of_chatml=of_chatml)
     return folder
 
 
-def base_tower() -> EvaTower:
-    """The toy tower alone."""
-    tower, table = EvaTower(EVA), eva_state_map(EVA, theirs="")
-    with as_file(WEIGHTS / EVA_FILE) as file:
+def base_tower(config: EvaConfig | SiglipConfig = EVA) -> EvaTower | SiglipTower:
+    """The toy tower of this shape alone."""
+    tower: EvaTower | SiglipTower
+    if isinstance(config, EvaConfig):
+        tower, table, kept = EvaTower(config), eva_state_map(config, theirs=""), EVA_FILE
+    else:
+        tower, table, kept = SiglipTower(config), siglip_state_map(config, theirs=""), SIGLIP_FILE
+    with as_file(WEIGHTS / kept) as file:
         weights = load_file(file)
     parameters = dict(tower.named_parameters())
     for entry in table.entries:
-        (name,) = entry.theirs
-        parameters[entry.ours].data.copy_(weights[name].view_as(parameters[entry.ours]))
+        parameter = parameters[entry.ours]
+        parameter.data.copy_(torch.cat([weights[name] for name in entry.theirs]).view_as(parameter))
     return tower.eval()
+
+
+def aquila_vl_base(folder: Path, seed: int = 1234) -> Path:
+    """A toy Aquila-VL to start from: a tower that sees, a decoder that speaks, a fresh projector and newline."""
+    whole, prefix = aquila_vl_state_map(QWEN, AQUILA_VL), TRANSFORMERS.tower
+    with tempfile.TemporaryDirectory() as place, as_file(WEIGHTS / SIGLIP_FILE) as tower:
+        language = write_decoder(Path(place), of_chatml=True)
+        with HFFolder.open(language) as text, HFFolder.open_file(tower) as eyes:
+            words = GrownWeights(text, _VOCABULARY, QWEN.vocab_size)
+            source = ComposedWeights(
+                FreshWeights(whole, seed, QWEN.init_method_std),
+                {
+                    **{TRANSFORMERS.name(name): (words, name) for name in text.names()},
+                    **{prefix + name: (eyes, name) for name in eyes.names()},
+                },
+            )
+            tokenizer = tagged_tokenizer(language)
+            extra = aquila_vl_family_files(QWEN, AQUILA_VL, "float32", "transformers", tokenizer, None)
+            write_folder(source, whole, folder, torch.float32, extra)
+    return folder
 
 
 def infimm_base(folder: Path, seed: int = 1234) -> Path:
@@ -90,6 +126,10 @@ def infimm_base(folder: Path, seed: int = 1234) -> Path:
             whole = infimm_state_map(DECODER, INFIMM)
             write_folder(_Opened(source, seed), whole, folder, torch.float32, extra)
     return folder
+
+
+FAMILY_BASES: dict[str, Callable[[Path, int], Path]] = {"infimm": infimm_base, "aquila-vl": aquila_vl_base}
+"""What writes the folder that a toy of each family starts from, out of a seed."""
 
 
 class _Opened:
