@@ -34,6 +34,7 @@ from megavlm.model.towers.eva_config import eva_tower
 from megavlm.options import parse_options, take_options
 from megavlm.parallel import groups as process_groups
 from megavlm.parallel.agree import agreed, said_by_first
+from megavlm.parallel.neighbours import Neighbours
 from megavlm.recipes import listing, recipe, stages_of
 from megavlm.train.loop import train as run_training
 from megavlm.train.stopping import EX_TEMPFAIL
@@ -256,7 +257,13 @@ def _joined(level: int = logging.INFO) -> Iterator[int]:
     try:
         world_size = process_groups.join()
         setup_logging(int(os.environ.get("RANK", "0")), world_size, level)
-        yield world_size
+        neighbours = Neighbours()
+        try:
+            yield world_size
+        except BaseException as error:
+            neighbours.leave(error)
+            raise
+        neighbours.leave(None)
     finally:
         process_groups.leave()
 

@@ -15,15 +15,20 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.run import parse_args, run
 
 from megavlm.errors import MegavlmError
+from megavlm.parallel.neighbours import tell_other_nodes
 
 _CHOSEN = (MegavlmError.exit_code, os.EX_TEMPFAIL)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """torchrun's own arguments."""
+    known = parse_args(sys.argv[1:] if arguments is None else arguments)
     try:
-        run(parse_args(sys.argv[1:] if arguments is None else arguments))
+        run(known)
     except ChildFailedError as error:
+        if known.master_addr and known.node_rank:
+            problem = f"a process of node {known.node_rank} has ended before its time"
+            tell_other_nodes(known.master_addr, known.master_port, known.max_restarts, problem)
         code: int = error.get_first_failure()[1].exitcode
         if code in _CHOSEN:
             return code
