@@ -35,12 +35,18 @@ def start(nodes: list[list[str]], lost: str, how: str, folder: Path) -> list[tup
 
 @pytest.mark.parametrize(
     ("how", "word"),
-    [("kill", "rank 1 has ended without a word"), ("raise", "rank 1 has failed (RuntimeError: this is all)")],
+    [
+        ("kill", "rank 1 has ended without a word"),
+        ("raise", "rank 1 has failed (RuntimeError: this is all)"),
+        # Not 75: what was asked to stop has not saved, and is not to be started again as if it had.
+        ("stop", "SIGUSR1: 2 of this node's 2 processes ended without having saved"),
+    ],
 )
 def test_a_lost_worker_takes_its_node_along(how: str, word: str, tmp_path: Path) -> None:
     ((code, said),) = start([["--standalone", "--nproc-per-node", "2"]], "1", how, tmp_path)
     assert code == 1
-    assert f"megavlm: error: {word}" in said and "rank 0 waited for it in vain" in said, said
+    assert f"megavlm: error: {word}" in said, said
+    assert "rank 0 waited for it in vain" in said, said
     assert "Unable to shutdown process" not in said  # torchrun's own last resort, after 30 s
 
 

@@ -1,4 +1,4 @@
-"""`megavlm` in which a worker is lost in the middle of a step: lost_worker.py RANK kill|raise train RECIPE ...
+"""`megavlm` in which a worker is lost in the middle of a step: lost_worker.py RANK kill|raise|stop train RECIPE ...
 
 The other workers stand where a collective of NCCL leaves them: in a call that comes back neither for a closed
 connection nor for a signal.
@@ -9,11 +9,13 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import time
 from datetime import timedelta
 from typing import Any
 
 import torch.distributed as dist
 
+from megavlm import signals
 from megavlm.cli import main
 from megavlm.train import loop
 from megavlm.train.callbacks.base import Callback
@@ -26,7 +28,11 @@ class LostWorker(Callback):
         if int(os.environ["RANK"]) != int(sys.argv[1]):
             own = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
             own.wait(["what nobody says"], timedelta(minutes=10))
-        if sys.argv[2] == "kill":
+        if sys.argv[2] == "stop":  # lost behind the signal that asks the run to stop
+            os.kill(os.getppid(), signal.SIGUSR1)
+            while not signals.noted():
+                time.sleep(0.01)
+        if sys.argv[2] != "raise":
             os.kill(os.getpid(), signal.SIGKILL)
         raise RuntimeError("this is all")
 
