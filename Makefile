@@ -5,6 +5,8 @@ PYTHON ?=
 
 CODE := megavlm kernels tools tests setup.py
 HOUSE_TESTS := $(wildcard tests/unit/test_house*.py)
+# Two files at a time: half of the tests start ranks of their own, and the others leave a core idle.
+TWO_FILES := -n 2 --dist loadfile
 
 .DEFAULT_GOAL := help
 .PHONY: help setup test test-full checks bench quickstart clean
@@ -19,10 +21,10 @@ $(STAMP): pyproject.toml setup.py constraints.txt tools/setup_env.sh
 	@touch $@
 
 test: $(STAMP)  ## the tests of CI, no GPU needed
-	$(VENV)/bin/pytest -m "not full"
+	$(VENV)/bin/pytest $(TWO_FILES) -m "not full"
 
 test-full: $(STAMP)  ## every combination of layouts and cases
-	$(VENV)/bin/pytest
+	$(VENV)/bin/pytest $(TWO_FILES)
 
 checks: $(STAMP)  ## format, lint, types, spelling, import rules, size budget
 	$(VENV)/bin/ruff format --check --quiet $(CODE)

@@ -76,6 +76,8 @@ class _Planner:
 
     def searched(self, run: RunConfig, is_quiet: bool) -> tuple[RunConfig, SearchResult]:
         """The run in the fastest layout that fits, in its own where none does; and what was found."""
+        if self.data is not None:
+            mix_of(run, from_data=True)  # what cannot be read is no layout's fault: it is said once, by itself
         began = time.monotonic()
         found = search(
             run,

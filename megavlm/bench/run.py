@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import signal
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -61,10 +62,13 @@ def run(names: Sequence[str] = (), quick: bool = False, out: str | Path | None =
         check_place(out)
     rows: list[Row] = []
     problems: list[str] = []
+    # As Ctrl-C is: a time limit's signal runs what follows, too.
+    before = signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     try:
         for name in names or [name for name in BENCHMARKS if name not in ON_REQUEST]:
             _measure(name, quick, rows, problems)
     finally:  # whatever ends it, what was measured is not lost
+        signal.signal(signal.SIGTERM, before)
         if rows:
             facts = machine()
             print(table(rows, facts), flush=True)

@@ -12,7 +12,7 @@ from megavlm.plan.rows import PlannedDocument, PlannedRow, batch_of
 from megavlm.plan.stage import profile_run
 from megavlm.plan.static import static_bytes
 from megavlm.plan.trace import build_rank, own_pictures
-from megavlm.recipes import recipe
+from megavlm.recipes import RECIPES, recipe
 from megavlm.testing import spawn
 from megavlm.tiles import GridConfig, plan_image
 from megavlm.train.step import train_step
@@ -28,13 +28,14 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "PP=2 interleaved": (2, {**PP2, "virtual_pipeline_model_parallel_size": 2}),
     "DP=2": (2, {}),
     "TP=2 PP=2": (4, {**TP2, **PP2}),
+    "DP=2 TP=2": (4, TP2),
 }
 CASES = [
     *(("infimm-tiny/pretrain", layout) for layout in ("one process", "TP=2", "PP=2", "TP=2 PP=2")),
     *(("aquila-vl-tiny/2b", layout) for layout in ("TP=2 SP", "PP=2 interleaved", "DP=2")),
 ]
-RECIPES = ("infimm-tiny/pretrain", "infimm-tiny/finetune", "aquila-vl-tiny/1", "aquila-vl-tiny/2b")
-MORE = [(name, layout) for name in RECIPES for layout in LAYOUTS if (name, layout) not in CASES]
+STAGES = [name for name in RECIPES if name.startswith(("infimm-tiny/", "aquila-vl-tiny/"))]
+MORE = [(name, layout) for name in STAGES for layout in LAYOUTS if (name, layout) not in CASES]
 
 
 def run_of(name: str, degrees: dict[str, Any]) -> RunConfig:

@@ -11,10 +11,13 @@ import pytest
 
 from megavlm import cli
 from megavlm.build.run_config import check_for_world
+from megavlm.data.toy_world.samples import toy_sample
 from megavlm.errors import LayoutError
 from megavlm.options import parse_options
 from megavlm.recipes import recipe
 from megavlm.testing import spawn
+from megavlm.toy.data import prepare_toy_data, toy_world
+from megavlm.toy.tokenizer import write_tokenizer
 
 
 def run_command(arguments: list[str]) -> tuple[int, str, str]:
@@ -44,6 +47,28 @@ def test_a_stage_in_a_given_layout() -> None:
     assert stage["worst"]["images"] >= stage["mean"]["images"] > 0
     memory = stage["mean"]["memory"]
     assert memory["total"] == sum(size for name, size in memory.items() if name != "total")
+
+
+def test_prepared_data_take_the_place_of_assumptions(tmp_path: Path) -> None:
+    write_tokenizer(tmp_path / "tokenizer")
+    prepare_toy_data(tmp_path / "data", tmp_path / "tokenizer", samples={"pairs": 40, "documents": 1})
+    asked = ("infimm-tiny/pretrain", "--cluster", "1x1xA100-80GB", "--micro-batch-size", "1", "--json")
+    read_from = ("--data", str(tmp_path / "data"), "--tokenizer", str(tmp_path / "tokenizer"))
+    code, out, err = plan(*asked, *read_from)
+    assert code == 0, err
+    (found,) = json.loads(out)
+    pictures = len(toy_sample("documents", "train", 0, toy_world(0)).pictures)
+    assert not found["assumptions"]
+    assert found["images_per_second"] * found["step_seconds"] == pytest.approx(16 + 4 * pictures)
+    code, out, err = plan(*asked)
+    assert code == 0 and json.loads(out)[0]["assumptions"], err
+
+
+def test_data_that_a_stage_cannot_read_are_refused(tmp_path: Path) -> None:
+    asked = ("--cluster", "1x1xA100-80GB", "--data", str(tmp_path))
+    for name, said in (("decoder-tiny", "which reads toy text"), ("infimm-tiny/pretrain", "toy-pairs")):
+        code, out, err = plan(name, *asked)
+        assert code == 2 and out == "" and said in err and err.count("\n") == 1, err
 
 
 def test_a_run_that_does_not_fit_says_by_how_much(tmp_path: Path) -> None:

@@ -6,7 +6,9 @@ import contextlib
 import io
 import itertools
 import json
+import os
 import re
+import signal
 import sys
 from collections import Counter
 from collections.abc import Iterator
@@ -223,6 +225,24 @@ def test_what_fails_or_is_skipped_leaves_the_rest(
     assert printed.out.startswith("elsewhere: skipped: needs a GPU\n") and "made-up" in printed.out
     assert "no row: broken: RuntimeError: out of memory\n" in printed.err and "big" not in printed.err
     assert bench.run(["elsewhere"]) == 0
+
+
+def test_a_time_limit_loses_no_row(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    @contextmanager
+    def right(quick: bool) -> Iterator[Comparison]:
+        yield comparison(passes(0.1), passes(0.1))
+
+    @contextmanager
+    def long(quick: bool) -> Iterator[Comparison]:
+        os.kill(os.getpid(), signal.SIGTERM)
+        yield comparison(passes(0.1), passes(0.1))
+
+    monkeypatch.setattr(bench, "BENCHMARKS", {"right": right, "long": long})
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(SystemExit, match="143"):
+        bench.run(out=tmp_path / "rows.json")
+    assert len(json.loads((tmp_path / "rows.json").read_text())) == 1
+    assert signal.getsignal(signal.SIGTERM) == before
 
 
 def test_the_command_refuses_what_it_does_not_know(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
