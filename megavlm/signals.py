@@ -1,7 +1,7 @@
 """Signals that ask a run to stop: they are noted, and the run ends behind the step that it is in.
 
-Slurm sends SIGTERM, or SIGUSR1 where a script asks for it ahead of the time limit; a terminal sends SIGINT. The launcher
-that passed a signal on learns from a file of each process whether that was heeded: torchrun tells it no exit codes then.
+Slurm sends SIGTERM, or SIGUSR1 where a script asks for it ahead of the time limit; a terminal sends SIGINT. Whether it
+was heeded a launcher learns from a file of each process: torchrun tells it no exit codes then.
 """
 
 from __future__ import annotations

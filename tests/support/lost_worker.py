@@ -43,5 +43,5 @@ def with_it(*arguments: Any) -> Any:
 
 if __name__ == "__main__":
     build_callbacks = loop.build_callbacks
-    loop.build_callbacks = with_it
+    loop.build_callbacks = with_it  # type: ignore[assignment]
     sys.exit(main(sys.argv[3:]))
