@@ -10,6 +10,7 @@ from contextlib import contextmanager
 
 import torch
 
+from megavlm import signals
 from megavlm.build.data_check import check_data
 from megavlm.build.from_checkpoint import run_from_checkpoint
 from megavlm.build.from_folder import run_from_folder
@@ -34,6 +35,7 @@ from megavlm.model.towers.eva_config import eva_tower
 from megavlm.options import parse_options, take_options
 from megavlm.parallel import groups as process_groups
 from megavlm.parallel.agree import agreed, said_by_first
+from megavlm.parallel.neighbours import Neighbours
 from megavlm.recipes import listing, recipe, stages_of
 from megavlm.train.loop import train as run_training
 from megavlm.train.stopping import EX_TEMPFAIL
@@ -95,11 +97,11 @@ def train(arguments: list[str]) -> int:
         groups = process_groups.start(run.parallel, run.train.seed)
         outcome = run_training(run, groups)
         if outcome.stopped is not None:
-            return EX_TEMPFAIL
+            return signals.ended(EX_TEMPFAIL)
         if run.weights.export_hf is not None:
             export_model(outcome.model, run, groups, run.weights.export_hf, tokenizer_from=run.tokenizer_folder)
             logger.info("exported to %s", run.weights.export_hf)
-    return 0
+    return signals.ended(0)
 
 
 def _train_stages(model: str, arguments: list[str]) -> int:
@@ -113,7 +115,7 @@ def _train_stages(model: str, arguments: list[str]) -> int:
             rank, _ = process_groups.world_from_environment()
             stages = place_stages(runs, chosen, world_size) if rank == 0 else []
         stopped = train_stages(said_by_first(stages))
-    return 0 if stopped is None else EX_TEMPFAIL
+    return signals.ended(0 if stopped is None else EX_TEMPFAIL)
 
 
 def verify_hf(arguments: list[str]) -> int:
@@ -256,7 +258,13 @@ def _joined(level: int = logging.INFO) -> Iterator[int]:
     try:
         world_size = process_groups.join()
         setup_logging(int(os.environ.get("RANK", "0")), world_size, level)
-        yield world_size
+        neighbours = Neighbours()
+        try:
+            yield world_size
+        except BaseException as error:
+            neighbours.leave(error)
+            raise
+        neighbours.leave(None)
     finally:
         process_groups.leave()
 

@@ -146,12 +146,14 @@ class Config:
         data = self.to_dict()
         for path, value in changes:
             *sections, name = path.split(".")
-            place = data
+            place: Any = data
             for section in sections:
-                if not isinstance(place.get(section), dict):  # an optional section that was left out
-                    place[section] = {}
-                place = place[section]
-            place[name] = value
+                place = _inside(place, section, path, value)
+            if isinstance(place, list):
+                _inside(place, name, path, value)
+                place[int(name)] = value
+            else:
+                place[name] = value
         return self.from_dict(data)
 
 
@@ -215,11 +217,20 @@ def leaves(cls: type[Config], prefix: str = "") -> Iterator[Leaf]:
 
 
 def type_at(cls: type[Config], path: str, value: Any) -> Any:
-    """The annotation of the setting at a dotted path; an error that names the path and value if there is none."""
+    """The annotation of the setting at a dotted path, in which a number is a place in a list: `data.streams.0.name`.
+
+    An error names the path and value if there is none.
+    """
     hint: Any = cls
     parts = path.split(".")
     for depth, name in enumerate(parts):
         section, _ = without_none(hint)
+        if typing.get_origin(section) is tuple and name.isdecimal():
+            hint = typing.get_args(section)[0]
+            continue
+        if typing.get_origin(section) is tuple:
+            before = ".".join(parts[:depth])
+            raise ConfigError(path, value, f"{before} is a list", f"write a number behind {before}, 0 for its first")
         if not is_section(section):
             raise ConfigError(path, value, f"{'.'.join(parts[:depth])} has no settings inside", "shorten the path")
         if name not in field_types(section):
@@ -260,6 +271,17 @@ def is_section(hint: Any) -> bool:
 def nearest(word: str, known: Iterable[str]) -> str | None:
     """The known word that a mistyped one most likely stands for, if any is like it."""
     return next(iter(difflib.get_close_matches(word, known, n=1)), None)
+
+
+def _inside(place: Any, name: str, path: str, value: Any) -> Any:
+    """What plain data have under a name, or at a place in a list."""
+    if isinstance(place, list):
+        if int(name) >= len(place):
+            raise ConfigError(path, value, f"there is no {name}", f"the list has 0 to {len(place) - 1}")
+        return place[int(name)]
+    if not isinstance(place.get(name), (dict, list)):  # an optional section that was left out
+        place[name] = {}
+    return place[name]
 
 
 def _is_supported(hint: Any) -> bool:

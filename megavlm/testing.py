@@ -97,9 +97,18 @@ def _collect(pipes: list[Connection], ranks: list[BaseProcess], deadline: float,
                 ranks[rank].join(5)
                 raise RankFailed(rank, f"died with exit code {ranks[rank].exitcode}") from None
             if problem:
+                _refuse_dead(ranks)
                 raise RankFailed(rank, f"failed:\n{problem}", error)
             results[rank] = returned
     return results
+
+
+def _refuse_dead(ranks: list[BaseProcess]) -> None:
+    """Name a rank that was killed, where another has failed: for want of it, most likely."""
+    for rank, process in enumerate(ranks):
+        process.join(0.1)
+        if process.exitcode is not None and process.exitcode < 0:
+            raise RankFailed(rank, f"died with exit code {process.exitcode}")
 
 
 def _end(process: BaseProcess) -> None:

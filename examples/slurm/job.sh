@@ -33,9 +33,7 @@ export OMP_NUM_THREADS=${OMP_NUM_THREADS:-8}
 # Fragments of freed memory are given back to other sizes: rows of many tiles come and go.
 export PYTORCH_CUDA_ALLOC_CONF=${PYTORCH_CUDA_ALLOC_CONF:-expandable_segments:True}
 
-asked_to_stop=
 forward() {
-    asked_to_stop=yes
     echo "SIGUSR1: the run saves, and the job is put back into the queue"
     kill -USR1 "$step" 2>/dev/null
 }
@@ -46,16 +44,16 @@ trap forward USR1
 srun --nodes="$NNODES" --ntasks="$NNODES" --ntasks-per-node=1 --kill-on-bad-exit=0 --wait=660 \
     bash -c 'export NODE_RANK=$SLURM_NODEID; exec bash "$@"' launch "$@" &
 step=$!
-# `wait` returns early when a signal comes.
-code=0
-while :; do
+# `wait` returns early when a signal comes, with its number and not with what the step ended with.
+while kill -0 "$step" 2>/dev/null; do
     wait "$step"
-    code=$?
-    kill -0 "$step" 2>/dev/null || break
 done
+wait "$step"
+code=$?
 
-# 75: the run was stopped and has saved.
-if [[ -n $asked_to_stop && $code -ne 0 ]] || ((code == 75)); then
+# 75: the run was stopped, and all its processes have saved. 138: SIGUSR1 came before a launcher listened. All else is a
+# crash or a mistake, with a signal or without, and a job that was started again after it would end so again.
+if ((code == 75 || code == 138)); then
     scontrol requeue "$SLURM_JOB_ID"
     exit 0
 fi

@@ -72,7 +72,7 @@ def decoder_step(quick: bool) -> Iterator[Comparison]:
             benchmark="decoder-step",
             case=(
                 f"{model.num_parameters() / 1e6:.0f}M Qwen2.5-shaped decoder ({shape.num_layers} layers of "
-                f"{shape.hidden_size}, vocabulary {shape.vocab_size}), float32, 1 row of {run.train.seq_length} tokens"
+                f"{shape.hidden_size}, vocabulary {shape.vocab_size}), float32, 1 row of {run.row_tokens} tokens"
             ),
             ours=our_side(built, run, groups, rows_of(run)),
             theirs=their_side(
@@ -107,7 +107,7 @@ def rows_of(run: RunConfig) -> Iterator[Sequence[TextBatch]]:
             step=step,
             global_batch_size=1,
             micro_batch_size=1,
-            seq_length=run.train.seq_length,
+            seq_length=run.row_tokens,
             vocab_size=run.decoder.vocab_size,
             data_rank=0,
             data_size=1,

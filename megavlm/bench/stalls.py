@@ -165,7 +165,7 @@ def _toy_run(root: Path, quick: bool) -> RunConfig:
     samples = samples.replace(sources=sources, samples_per_step=SAMPLES_PER_STEP)
     data = run.data.replace(path=str(root), tokenizer=str(root / "tokenizer"), streams=(samples,))
     data = data.replace(rows=data.rows.replace(rows_multiple=1))
-    train = run.train.replace(train_iters=1_000_000, global_batch_size=SAMPLES_PER_STEP)
+    train = run.train.replace(train_iters=1_000_000)
     run = run.replace(decoder=decoder, aquila_vl=parts, data=data, train=train)
     words = build_words(run)
     for kind in KINDS:

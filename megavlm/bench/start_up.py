@@ -65,9 +65,9 @@ def _write(folder: Path, tokens: Path) -> None:
     batches = toy_step(
         seed=run.train.seed,
         step=0,
-        global_batch_size=run.train.global_batch_size,
-        micro_batch_size=run.train.global_batch_size,
-        seq_length=run.train.seq_length,
+        global_batch_size=run.samples_per_step,
+        micro_batch_size=run.samples_per_step,
+        seq_length=run.row_tokens,
         vocab_size=run.decoder.vocab_size,
         data_rank=0,
         data_size=1,

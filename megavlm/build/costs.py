@@ -98,7 +98,7 @@ class RowCosts:
 
 def row_costs(run: RunConfig, images_per_row: float) -> RowCosts:
     """The cost of a row of full length with this many images, or tiles."""
-    length = run.train.seq_length
+    length = run.row_tokens
     seeing = length if images_per_row else 0
     costs = part_costs(run, causal_work(length, length**2, images_per_row, seeing))
     # Ahead of the schedule the tower is everybody's work, not the first stage's.

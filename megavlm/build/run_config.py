@@ -58,18 +58,23 @@ __all__ = [
 ]
 
 
+TOY_ROWS, TOY_TOKENS = 8, 512
+"""The batch of toy text, and the length of its rows, where no others are asked for."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig(Config):
     """How long and on how much a run trains."""
 
     train_iters: int = 100
     """Optimizer steps."""
-    global_batch_size: int = 8
-    """Rows a step, over all data-parallel ranks."""
+    global_batch_size: int | None = None
+    """Samples a step, over all data-parallel ranks; none: as many as the streams of the data have together, and of toy
+    text 8 rows. Another number than that of the streams is refused: data.streams.0.samples_per_step changes it."""
     micro_batch_size: int = 1
-    """Rows that pass through the model at once."""
-    seq_length: int = 512
-    """Tokens a row."""
+    """Rows of toy text that pass through the model at once; of prepared data it is one row, of packed samples."""
+    seq_length: int | None = None
+    """Tokens a row; none: data.rows.max_tokens, which decides for prepared data, and of toy text 512."""
     seed: int = 1234
     """Seed of fresh weights, data and dropout."""
     log_interval: int = 1
@@ -98,13 +103,15 @@ class TrainConfig(Config):
             "eval_iters",
             "max_nan_iterations",
         ):
-            require(getattr(self, name) >= 1, self, name, "must be at least 1", "use a positive number")
+            value = getattr(self, name)
+            require(value is None or value >= 1, self, name, "must be at least 1", "use a positive number")
         for name in ("eval_interval", "exit_duration_in_mins", "exit_interval"):
             value = getattr(self, name)
             require(value is None or value > 0, self, name, "must be above 0", "use a positive number, or leave it out")
         require(self.images_per_row >= 0, self, "images_per_row", "must not be negative", "use 0 for text alone")
         require(0 <= self.seed < 2**62, self, "seed", "is no seed", "use a number from 0 to 2**62")
-        require(self.seq_length >= 2, self, "seq_length", "leaves nothing to predict", "use at least 2")
+        length = self.seq_length
+        require(length is None or length >= 2, self, "seq_length", "leaves nothing to predict", "use at least 2")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -175,7 +182,12 @@ class RunConfig(Config):
     @property
     def samples_per_step(self) -> int:
         """The global batch: samples of prepared data, or rows of toy text."""
-        return self.train.global_batch_size if self.data is None else self.data.samples_per_step
+        return self.data.samples_per_step if self.data else self.train.global_batch_size or TOY_ROWS
+
+    @property
+    def row_tokens(self) -> int:
+        """Tokens of a row: the most of prepared data, all of toy text."""
+        return self.data.rows.max_tokens if self.data else self.train.seq_length or TOY_TOKENS
 
     @property
     def tokenizer_folder(self) -> str | None:
@@ -193,7 +205,7 @@ class RunConfig(Config):
         longest = self.decoder.longest_text
         is_window = longest == self.decoder.sliding_window
         require(
-            self.train.seq_length <= longest,
+            self.data is not None or self.row_tokens <= longest,
             self,
             "train.seq_length",
             f"is longer than the decoder's {'sliding window' if is_window else 'positions'} of {longest}",
@@ -222,6 +234,7 @@ class RunConfig(Config):
         )
         self._check_rates()
         self._check_evaluation()
+        self._check_batch()
         parts = PARTS_OF_INFIMM if self.infimm else PARTS_OF_AQUILA_VL if self.aquila_vl else ("decoder",)
         require(
             any(part in parts for part in self.trainable),
@@ -248,6 +261,35 @@ class RunConfig(Config):
                 f"is for a trained {name.replace('_', '-')}, and this run's is frozen",
                 f"leave --{name.replace('_', '-')}-lr out, or name {' or '.join(parts)} among --trainable",
             )
+
+    def _check_batch(self) -> None:
+        """What prepared data decide is not said a second time, in another number."""
+        if self.data is None:
+            return
+        of_streams = [(stream.name, stream.samples_per_step) for stream in self.data.streams]
+        said = ", ".join(f"{name} {samples}" for name, samples in of_streams)
+        places = " and ".join(f"data.streams.{place}.samples_per_step" for place in range(len(of_streams)))
+        require(
+            self.train.global_batch_size in (None, self.samples_per_step),
+            self,
+            "train.global_batch_size",
+            f"is not the {self.samples_per_step} samples a step that the data's streams have together ({said})",
+            f"leave it out, and set {places} for another batch",
+        )
+        require(
+            self.train.micro_batch_size == 1,
+            self,
+            "train.micro_batch_size",
+            "is for toy text: of prepared data one row, packed with samples, passes through the model at once",
+            f"leave it out, and set data.rows.max_tokens ({self.row_tokens}) for other rows",
+        )
+        require(
+            self.train.seq_length in (None, self.row_tokens),
+            self,
+            "train.seq_length",
+            f"is not the {self.row_tokens} tokens that a row of the data may have",
+            "leave it out, and set data.rows.max_tokens for longer or shorter rows",
+        )
 
     def _check_evaluation(self) -> None:
         if self.data is None:
@@ -314,15 +356,15 @@ def _check_packed_rows(run: RunConfig, data: DataConfig, data_ranks: int) -> Non
 
 def _check_toy_rows(run: RunConfig, data_ranks: int) -> None:
     tensor = run.parallel.tensor_model_parallel_size
-    if run.parallel.sequence_parallel and run.train.seq_length % tensor:
+    if run.parallel.sequence_parallel and run.row_tokens % tensor:
         raise LayoutError(
             "train.seq_length",
-            run.train.seq_length,
+            run.row_tokens,
             f"sequence parallelism over {tensor} ranks does not divide it",
-            f"use {run.train.seq_length // tensor * tensor or tensor}, or drop --sequence-parallel",
+            f"use {run.row_tokens // tensor * tensor or tensor}, or drop --sequence-parallel",
         )
     at_once = run.train.micro_batch_size * data_ranks
-    batch = run.train.global_batch_size
+    batch = run.samples_per_step
     if batch % at_once:
         raise LayoutError(
             "train.global_batch_size",

@@ -140,7 +140,7 @@ class TimedDecoder:
         return toy_step(
             seed=self.run.train.seed,
             step=0,
-            global_batch_size=self.run.train.global_batch_size,
+            global_batch_size=self.run.samples_per_step,
             micro_batch_size=self.run.train.micro_batch_size,
             seq_length=tokens,
             vocab_size=self.run.decoder.vocab_size,

@@ -45,9 +45,9 @@ class Mix:
 def mix_of(run: RunConfig, from_data: bool) -> Mix:
     """From the run's prepared data, or as assumed."""
     if run.data is None:
-        row = PlannedRow((PlannedDocument(run.train.seq_length),), run.train.seq_length, run.train.micro_batch_size)
-        rows = run.train.global_batch_size / run.train.micro_batch_size
-        says = f"toy text: rows of {run.train.seq_length} tokens"
+        row = PlannedRow((PlannedDocument(run.row_tokens),), run.row_tokens, run.train.micro_batch_size)
+        rows = run.samples_per_step / run.train.micro_batch_size
+        says = f"toy text: rows of {run.row_tokens} tokens"
         return Mix(row, row, rows, rows * row.tokens, 0.0, (0,), (says,))
     if from_data:
         return _summary(_prepared_steps(run, run.data), ())

@@ -206,14 +206,14 @@ def _guess(run: RunConfig, choice: Choice, cluster: Cluster) -> _Guess:
 
 def _row_tokens(run: RunConfig, choice: Choice) -> float:
     if run.data is None:
-        return run.train.seq_length * (choice.micro_batch or run.train.micro_batch_size)
+        return run.row_tokens * (choice.micro_batch or run.train.micro_batch_size)
     return run.data.rows.max_tokens
 
 
 def _rows(run: RunConfig) -> float:
     """Of a step, as many as there are at the least."""
     if run.data is None:
-        return run.train.global_batch_size / run.train.micro_batch_size
+        return run.samples_per_step / run.train.micro_batch_size
     return max(run.data.rows.rows_multiple, run.samples_per_step / 16)
 
 

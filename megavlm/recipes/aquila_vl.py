@@ -124,9 +124,7 @@ def stage(name: str, lr: float = 1e-5, trainable: tuple[Part, ...] = EVERYTHING)
             adam_eps=1e-8,
             clip_grad=1.0,
         ),
-        train=TrainConfig(
-            train_iters=steps_of_a_pass(SAMPLES[name], BATCH), global_batch_size=BATCH, seq_length=ROW, seed=12345
-        ),
+        train=TrainConfig(train_iters=steps_of_a_pass(SAMPLES[name], BATCH), seed=12345),
         data=DataConfig(
             streams=(samples,),
             chat=ChatConfig(template="chatml", mask="released"),

@@ -212,7 +212,7 @@ def pretrain(model: Model, batch: int = 5120) -> RunConfig:
             adam_eps=1e-8,
             clip_grad=1.0,
         ),
-        train=_length(285_000, batch),
+        train=TrainConfig(train_iters=285_000),
         data=DataConfig(
             streams=streams,
             chat=ChatConfig(template="plain"),
@@ -241,7 +241,7 @@ def multitask(model: Model, leave_out: Collection[str] = ()) -> RunConfig:
         recompute=RecomputeConfig(granularity="full", method="uniform", num_layers=1),
         precision=PrecisionConfig(params_dtype="bfloat16"),
         optimizer=_later_optimizer(lr=1e-5, min_lr=1e-6, lr_warmup_iters=500),
-        train=_length(10_000, 256),
+        train=TrainConfig(train_iters=10_000),
         data=DataConfig(streams=(tasks,), chat=ChatConfig(template=model.template), rows=_rows_of_four_nodes()),
     )
 
@@ -264,7 +264,7 @@ def finetune(model: Model) -> RunConfig:
         parallel=_layout(model.tensor_parallel_finetuning),
         precision=PrecisionConfig(params_dtype="bfloat16"),
         optimizer=_later_optimizer(lr=5e-6, min_lr=5e-7, lr_warmup_iters=300),
-        train=_length(6_000, 64),
+        train=TrainConfig(train_iters=6_000),
         data=DataConfig(streams=(conversations,), chat=ChatConfig(template=model.template), rows=_rows_of_four_nodes()),
     )
 
@@ -308,10 +308,6 @@ def _layout(tensor_parallel: int) -> ParallelConfig:
 
 def _rows_of_four_nodes() -> PackLimits:
     return PackLimits(max_tokens=ROW, rows_multiple=32)
-
-
-def _length(steps: int, batch: int) -> TrainConfig:
-    return TrainConfig(train_iters=steps, global_batch_size=batch, seq_length=ROW)
 
 
 def zephyr_pretrain() -> RunConfig:

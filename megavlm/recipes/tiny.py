@@ -179,7 +179,6 @@ def _toy(real: RunConfig, streams: tuple[StreamConfig, ...], steps: int, lr: flo
     """A real stage with another model, data and length; what learns, chat format and form of the schedule stay."""
     assert real.data is not None
     warmup = 0 if real.optimizer.lr_warmup_fraction else round(steps * _warmup_share(real))
-    batch = sum(stream.samples_per_step for stream in streams)
     return RunConfig(
         trainable=real.trainable,
         precision=PrecisionConfig(params_dtype="float32"),
@@ -189,7 +188,7 @@ def _toy(real: RunConfig, streams: tuple[StreamConfig, ...], steps: int, lr: flo
             lr_warmup_iters=warmup,
             adam_eps=1e-8,  # gradients are small here
         ),
-        train=TrainConfig(train_iters=steps, global_batch_size=batch, seq_length=ROW, log_interval=10),
+        train=TrainConfig(train_iters=steps, log_interval=10),
         data=DataConfig(
             streams=streams,
             chat=real.data.chat,

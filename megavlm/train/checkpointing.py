@@ -112,7 +112,11 @@ class Checkpointing:
         return took
 
     def check_frozen(self) -> None:
-        """At the end of training: that no bit of what is frozen has changed; every rank calls it."""
+        """Where training ends or stops: that no bit of what is frozen has changed; every rank calls it.
+
+        Not at each save: a core hashes 0.4 to 1.8 GB/s, so a frozen 13B decoder would hold each of them up for 15 to
+        65 s. A checkpoint does not depend on it, for it refers to the weights that were saved before the first step.
+        """
         if not self._frozen:
             return
         now = frozen_digests(self._state)

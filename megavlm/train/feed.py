@@ -85,7 +85,7 @@ def _read(loader: Loader, data: DataConfig, groups: Groups, steps: range) -> Ite
 
 
 def _toy(run: RunConfig, groups: Groups, steps: range, seed: int) -> Iterator[FedStep]:
-    rows, length, at_once = run.train.global_batch_size, run.train.seq_length, run.train.micro_batch_size
+    rows, length, at_once = run.samples_per_step, run.row_tokens, run.train.micro_batch_size
     work = work_of_rows(rows, length)
     mine = [f"toy text:{row}" for row in range(groups.data_rank, rows, groups.data_size)]
     names = [mine[first : first + at_once] for first in range(0, len(mine), at_once)]

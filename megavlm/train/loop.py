@@ -76,8 +76,9 @@ def train(run: RunConfig, groups: Groups) -> Outcome:
     finally:
         chain.end(iteration)
     gather_parameters(training.chunks)
-    if iteration >= run.train.train_iters:
+    if iteration > done:
         training.checkpointing.check_frozen()
+    if iteration >= run.train.train_iters:
         return Outcome(training.model, iteration, None)
     logger.info("stopped behind step %d of %d: %s", iteration, run.train.train_iters, stopped)
     return Outcome(training.model, iteration, stopped)

@@ -120,8 +120,9 @@ def test_a_curriculum_killed_at_any_moment_ends_the_same(kills: int, world: Path
         if seen >= 3 * STEPS:
             break
         with pytest.raises(RankFailed, match="exit code -9"):
-            spawn(train_all, 2, runs, list(STAGES), (tmp_path, max(seen, 1), draw.uniform(0.0, 0.2)))
-    (lines, stopped), _ = spawn(train_all, 2, runs, list(STAGES))
+            moment = (tmp_path, max(seen, 1), draw.uniform(0.0, 0.2))
+            spawn(train_all, 2, runs, list(STAGES), moment, timeout=600)
+    (lines, stopped), _ = spawn(train_all, 2, runs, list(STAGES), timeout=600)
     assert stopped is None and lines[0].split() == ["stage", "steps", "state", "starts", "from"]
     spawn(compare, 1, tmp_path, whole, runs_of(world, tmp_path, ({},) * 3)["pretrain"])
     assert sorted(path.name for path in (tmp_path / "exports").iterdir()) == sorted(STAGES)

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from resumed_runs import DISTRIBUTED, OVERLAPPED, PP2, TP2, TP2_SP, run_of, start
+from resumed_runs import DISTRIBUTED, OVERLAPPED, PP2, TP2, TP2_SP, row_of, run_of, start
 from torch import Tensor
 
 from megavlm.build.run_config import DataParallelConfig, ParallelConfig, RunConfig
@@ -21,7 +21,9 @@ from megavlm.testing import RankFailed, assert_losses_close, spawn
 from megavlm.train import loop
 from megavlm.train.callbacks.base import Callback
 from megavlm.train.checkpointing import Checkpointing
-from megavlm.train.report import StepReport
+from megavlm.train.feed import FedStep
+from megavlm.train.report import RunStart, StepReport
+from megavlm.train.work import work_of_rows
 
 STEPS = 6
 
@@ -129,6 +131,28 @@ def change_a_frozen_bit(run: RunConfig) -> None:
         weight = next(p for p in live.model.chunks[0].parameters() if not p.requires_grad)
         weight.data.flatten()[7:8].view(torch.int32).bitwise_xor_(1)
     checkpointing.check_frozen()
+
+
+class ChangesAFrozenBit(Callback):
+    def start(self, start: RunStart) -> None:
+        weight = next(p for p in start.model.chunks[0].parameters() if not p.requires_grad)
+        weight.data.flatten()[7:8].view(torch.int32).bitwise_xor_(1)
+
+
+def stop_with_a_changed_bit(run: RunConfig) -> None:
+    process_groups.join()
+    loop.build_callbacks = lambda run, groups: [ChangesAFrozenBit()]
+    step = FedStep(1, [row_of(run, 1)], work_of_rows(1, 8), None, [["row"]], lambda: ["row"])
+    loop.feed = lambda *arguments: iter([step, step])
+    loop.train(run, process_groups.start(run.parallel, run.train.seed))
+
+
+def test_a_changed_bit_is_an_error_for_a_run_that_stops(tmp_path: Path) -> None:
+    run = run_of("infimm", tmp_path, {})
+    run = run.replace(train=run.train.replace(exit_interval=1))
+    with pytest.raises(RankFailed, match="changed in training, one of 1") as failed:
+        spawn(stop_with_a_changed_bit, 1, run)
+    assert isinstance(failed.value.error, CheckpointError)
 
 
 def test_a_changed_bit_of_a_frozen_weight_is_an_error(tmp_path: Path) -> None:

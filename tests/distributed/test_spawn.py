@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -75,6 +76,21 @@ def test_the_first_failure_ends_all_with_its_own_words() -> None:
 def test_a_rank_that_dies_is_named() -> None:
     with pytest.raises(RankFailed, match="rank 1 died with exit code 7"):
         spawn(die_on_rank_one, 2)
+
+
+def die_unseen_on_rank_one() -> None:
+    """A child keeps the pipe open, so that nothing tells of the death before the other rank fails for want of it."""
+    if os.environ["RANK"] == "1":
+        if os.fork() == 0:
+            time.sleep(60)
+        os.kill(os.getpid(), signal.SIGKILL)
+    time.sleep(0.5)
+    raise ConnectionError("closed by peer")
+
+
+def test_a_rank_that_dies_is_named_before_one_that_fails_for_want_of_it() -> None:
+    with pytest.raises(RankFailed, match="rank 1 died with exit code -9"):
+        spawn(die_unseen_on_rank_one, 2)
 
 
 def test_time_is_up_and_nothing_is_left(tmp_path: Path) -> None:

@@ -117,7 +117,7 @@ def test_the_second_interrupt_ends_at_once(world: Path, tmp_path: Path) -> None:
 def test_torchrun_waits_for_a_slow_save(seconds: int, world: Path, whole: Path, tmp_path: Path) -> None:
     """The scheduler's signal comes to torchrun alone, in the middle of a save."""
     save, script = tmp_path / "save", Path(__file__).parents[1] / "support" / "slow_save.py"
-    torchrun = [str(Path(sys.executable).with_name("torchrun")), "--nproc-per-node", "2", "--shutdown-timeout", "600"]
+    torchrun = [sys.executable, "-m", "megavlm.torchrun", "--nproc-per-node", "2", "--shutdown-timeout", "600"]
     torchrun += ["--signals-to-handle", "SIGTERM,SIGUSR1,SIGINT", "--rdzv-backend", "c10d"]
     torchrun += ["--rdzv-endpoint", "localhost:0", str(script), str(seconds)]
     environment = {**os.environ, "PYTHONSAFEPATH": "1", "OMP_NUM_THREADS": "1"}
@@ -131,10 +131,11 @@ def test_torchrun_waits_for_a_slow_save(seconds: int, world: Path, whole: Path, 
             while not staging.exists() and process.poll() is None and time.monotonic() < deadline:
                 time.sleep(0.05)
             process.send_signal(signal.SIGUSR1)
-            assert process.wait(300 + 3 * seconds) != 0
+            assert process.wait(300 + 3 * seconds) == EX_TEMPFAIL
         finally:
             process.kill()
     text = (tmp_path / "log").read_text()
+    assert "megavlm: SIGUSR1: the run can go on from where it was" in text, text
     assert steps_saved(save) == [2, 3], text
     assert "SIGUSR1: the run ends behind this step" in text and "stopped behind step 3 of 6: SIGUSR1" in text
     assert spawn(run_command, 2, command(world, save), timeout=300) == [0, 0]

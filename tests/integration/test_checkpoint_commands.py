@@ -8,7 +8,10 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
+from infimm_hf import load, offline
 from prepared_toys import data_config, prepare_toys, stream
+from safetensors.torch import load_file, save_file
 from tiny_folders import infimm_folder
 
 from megavlm.build.from_folder import run_from_folder
@@ -80,6 +83,31 @@ def test_a_checkpoint_says_what_its_export_says(root: Path, tmp_path: Path) -> N
     asked = ("prompt_token_ids", "token_ids")
     assert json.loads(before)[asked[1]] != json.loads(save)[asked[1]], "training changed what is said"
     assert (tmp_path / "out" / "tokenizer.json").is_file()
+
+
+def record_case(folder: Path, file: Path) -> None:
+    """What transformers computes with the folder's code."""
+    inputs = {name: load_file(GOLDEN / "cases.safetensors")[f"one_image.{name}"] for name in ("input_ids", "images")}
+    with offline(file.parent / "modules"), torch.no_grad():
+        logits = load(folder, dtype=torch.float32).eval()(**inputs).logits
+    save_file({f"case.{name}": tensor for name, tensor in {**inputs, "logits": logits}.items()}, file)
+
+
+def test_a_checkpoint_is_proven_on_what_transformers_computes_from_its_export(root: Path, tmp_path: Path) -> None:
+    """And the folder that it started from is off by more."""
+    save, out, cases = str(root / "save"), tmp_path / "out", tmp_path / "cases.safetensors"
+    (exported,) = spawn(run_commands, 1, [["export-hf", "--load", save, "--out", str(out)]])[0]
+    assert exported[0] == 0, exported
+    record_case(out, cases)
+    verify = ["verify-hf", "--cases", str(cases), "--json"]
+    commands = [
+        [*verify, "--load", save],
+        [*verify, "--load", str(checkpoint_path(root / "save", 2))],
+        [*verify, "--hf", str(root / "hf")],
+    ]
+    whole, one, before = spawn(run_commands, 1, commands)[0]
+    assert (whole[0], one[0], before[0]) == (0, 0, 1), (whole, one, before)
+    assert whole[1].splitlines()[-1] == one[1].splitlines()[-1]
 
 
 def test_mistakes_end_in_one_line(root: Path, tmp_path: Path) -> None:

@@ -65,16 +65,28 @@ manager.write_shards = slowly
 """
 
 
-def examples_that_save_slowly(folder: Path, seconds: int) -> None:
-    """A copy of the scripts whose checkpoints take so long to write."""
+CRASHES_WHEN_ASKED = """
+import os
+from megavlm.train.stopping import Stopping
+reason = Stopping.reason
+def crashes(self, agreed, iteration=None):
+    if agreed:
+        os.abort()
+    return reason(self, agreed, iteration)
+Stopping.reason = crashes
+"""
+
+
+def examples_with(code: str, folder: Path) -> None:
+    """A copy of the scripts, one of which begins with this."""
     shutil.copytree(ROOT / "examples", folder / "examples")
     script = folder / "examples" / "pretrain_infimm.sh"
-    script.write_text(script.read_text().replace("import sys\n", f"import sys\n{SLOWLY.format(seconds=seconds)}"))
+    script.write_text(script.read_text().replace("import sys\n", f"import sys\n{code}"))
 
 
 @pytest.mark.parametrize("seconds", [3, pytest.param(60, marks=pytest.mark.full)])
 def test_a_job_that_is_asked_to_stop_goes_on_where_it_was(seconds: int, cluster: Cluster, tmp_path: Path) -> None:
-    examples_that_save_slowly(tmp_path, seconds)
+    examples_with(SLOWLY.format(seconds=seconds), tmp_path)
     log, save = tmp_path / "job.log", tmp_path / "save"
     small = ["--train-iters", str(STEPS), "--log-interval", "1", "data.rows.max_tokens=512"]
     job = submit(cluster, "pretrain_infimm.sbatch", "--tiny", "--save", str(save), *small, log=log)
@@ -94,6 +106,18 @@ def test_a_job_that_is_asked_to_stop_goes_on_where_it_was(seconds: int, cluster:
     report = check_ledger(ledger, order_of_ledger(ledger, str(tmp_path / "runs" / "tiny" / "infimm" / "data")))
     assert (report.steps, report.wrong) == (STEPS, [])
     assert len(list(ledger.glob("rank-*.jsonl"))) == 2
+
+
+def test_a_job_that_crashes_when_it_is_asked_to_stop_fails(cluster: Cluster, tmp_path: Path) -> None:
+    examples_with(CRASHES_WHEN_ASKED, tmp_path)
+    log = tmp_path / "job.log"
+    small = ["--train-iters", str(STEPS), "--log-interval", "1", "data.rows.max_tokens=512"]
+    job = submit(cluster, "pretrain_infimm.sbatch", "--tiny", *small, log=log)
+    wait_for(f"iteration {2:8d}/", cluster, log, job)
+    cluster.call("scancel", "--signal=USR1", "--batch", job)
+    wait_for("FAILED", cluster, log, job)
+    assert cluster.state(job)["Restarts"] == "0"
+    assert "processes ended without having saved" in log.read_text()
 
 
 def test_a_job_with_a_mistake_fails_once(cluster: Cluster, tmp_path: Path) -> None:

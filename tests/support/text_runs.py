@@ -28,6 +28,8 @@ def text_options(root: Path, save: Path, steps: int) -> list[str]:
     """What follows `megavlm train decoder-tiny`: with dropout, saved every two steps."""
     options = {
         "--train-iters": steps,
+        "--global-batch-size": "none",
+        "--micro-batch-size": 1,
         "--data-path": root / "data",
         "--save": save,
         "--save-interval": 2,

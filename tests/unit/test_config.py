@@ -258,6 +258,15 @@ def test_override_reads_values_by_the_type_of_the_field() -> None:
     assert run.override("evaluation.tokenizer=b").evaluation == DataConfig(tokenizer="b")
 
 
+def test_override_reaches_into_a_list_by_number() -> None:
+    run = full_run().override(
+        "data.sources.1.weight=3e0", "parallel.pipeline_layout=[1, 7]", "parallel.pipeline_layout.0=2"
+    )
+    first, second = full_run().data.sources
+    assert run.data.sources == (first, second.replace(weight=3.0))
+    assert run.parallel.pipeline_layout == (2, 7)
+
+
 def test_override_checks_the_final_state_only() -> None:
     run = full_run().override("heads=6", "parallel.tensor_model_parallel_size=3")
     assert (run.heads, run.parallel.tensor_model_parallel_size) == (6, 3)
@@ -274,6 +283,9 @@ def test_override_checks_the_final_state_only() -> None:
         ("parallel.sequence_parallel=2", "parallel.sequence_parallel", 2, "write true or false"),
         ("heads=2.5", "RunConfig.heads", "2.5", "write a whole number"),
         ("heads", "the override", "heads", "write section.field=value"),
+        ("data.sources.2.weight=1", "data.sources.2.weight", 1.0, "the list has 0 to 1"),
+        ("data.sources.1.weights=1", "data.sources.1.weights", "1", "did you mean data.sources.1.weight?"),
+        ("data.sources.first.weight=1", "data.sources.first.weight", "1", "write a number behind data.sources"),
     ],
 )
 def test_wrong_override_is_named(assignment: str, where: str, value: Any, remedy: str) -> None:

@@ -130,8 +130,8 @@ def counted_and_done() -> tuple[dict[str, list[float]], dict[str, list[float]]]:
     parallel_groups.join()
     decoder = TimedDecoder(run, parallel_groups.start(ParallelConfig()))
     for _ in range(2):
-        decoder.round(run.train.seq_length)
-    for work in decoder.followed[run.train.seq_length][-1]:
+        decoder.round(run.row_tokens)
+    for work in decoder.followed[run.row_tokens][-1]:
         _add(done[work.kind], 1, work.flops, work.bytes, work.made)
     parallel_groups.leave()
     return dict(counted), dict(done)
