@@ -144,14 +144,14 @@ def infimm_tiny_pretrain() -> RunConfig:
 def infimm_tiny_multitask() -> RunConfig:
     """A toy InfiMM on toy questions about one picture: resampler and gated blocks learn."""
     tasks = _stream(16, {"toy-chat": 1}, name="tasks", tokens_per_sample=512)
-    return _infimm("multitask", infimm.llama2_multitask(), 420, 2e-3, tasks)
+    return _infimm("multitask", infimm.llama2_multitask(), 460, 2e-3, tasks)
 
 
 def infimm_tiny_finetune() -> RunConfig:
     """A toy InfiMM on toy conversations about one picture, several and none: all but the tower learns."""
     sources = {"toy-chat": 6, "toy-multi_image": 1, "toy-text": 1}
     conversations = _stream(16, sources, name="conversations", tokens_per_sample=512)
-    return _infimm("finetune", infimm.llama2_finetune(), 180, 1e-3, conversations)
+    return _infimm("finetune", infimm.llama2_finetune(), 200, 1e-3, conversations)
 
 
 def _infimm(stage: str, real: RunConfig, steps: int, lr: float, *streams: StreamConfig) -> RunConfig:

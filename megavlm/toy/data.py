@@ -25,13 +25,13 @@ KINDS: tuple[PictureKind, ...] = (
 )
 """What pictures are drawn for: counting by colour or form is the hardest to learn, and comes often."""
 SAMPLES: dict[SampleKind, int] = {
-    "pairs": 6000,
-    "documents": 1500,
-    "chat": 12000,
-    "multi_image": 1500,
-    "text": 1500,
+    "pairs": 5000,
+    "documents": 1250,
+    "chat": 8000,
+    "multi_image": 450,
+    "text": 450,
 }
-"""Samples of each data set."""
+"""Samples of each data set: little more than a stage of infimm-tiny takes."""
 TEMPLATES: dict[str, tuple[ChatConfig, ...]] = {
     "infimm": (ChatConfig(template="plain"), ChatConfig(template="vicuna")),
     "aquila-vl": (ChatConfig(template="chatml"), ChatConfig(template="chatml")),
