@@ -70,16 +70,22 @@ class Neighbours:
 
     def _look(self, store: dist.Store) -> str | None:
         """Why no process can go on, if so."""
+        ended = []
         for rank in [rank for rank in self._unknown if store.check([_key(f"process/{rank}")])]:
             self._unknown.discard(rank)
-            with contextlib.suppress(OSError):  # no such process any more, or a kernel without this
+            try:
                 self._watched[os.pidfd_open(int(store.get(_key(f"process/{rank}"))))] = rank
+            except ProcessLookupError:
+                ended.append(rank)
+            except OSError:  # a kernel that does not tell
+                continue
         poll = select.poll()
         for descriptor in self._watched:
             poll.register(descriptor, select.POLLIN)
         for descriptor, _ in poll.poll(0):
-            rank = self._watched.pop(descriptor)
+            ended.append(self._watched.pop(descriptor))
             os.close(descriptor)
+        for rank in ended:
             if not store.check([_key(f"left/{rank}")]):
                 _say(store, f"rank {rank} has ended without a word (killed, or out of memory)")
         return store.get(_key("failed")).decode() if store.check([_key("failed")]) else None
