@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
+import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers import LlamaForCausalLM
 
@@ -24,10 +26,14 @@ from megavlm.toy.bases import (
     EVA_FILE,
     MANIFEST,
     PLACES_FILE,
+    PROJECTOR_FILE,
     SIGLIP_FILE,
+    base_tower,
     decoder_shape,
+    write_decoder,
     write_weights,
 )
+from megavlm.toy.projector_start import patch_readings, word_meanings
 from megavlm.toy.resampler_start import place_readings
 from megavlm.toy.seen import Seen, seen_pictures, seen_tiles
 from megavlm.toy.speech import Lesson, speech_accuracy, texts, train_decoder
@@ -49,7 +55,7 @@ LESSONS = (
 comes first."""
 SIGHTS = ToyWorld(kinds=("shape", "position", "count", "count_by", *("reading",) * 4, "chart"))
 """Pictures for a tower: words come often, for they are the hardest to see."""
-BASES = ("eva", "siglip", "decoder")
+BASES = ("eva", "siglip", "decoder", "projector")
 SPLITS: tuple[Split, ...] = ("unseen_pictures", "unseen_combinations")
 
 
@@ -131,6 +137,18 @@ def decoder_facts(decoder: LlamaForCausalLM) -> dict[str, Any]:
     return {"taught": "toy captions, and questions that they answer", "accuracy": _rounded(found)}
 
 
+def _make_projector(folder: Path, shorter: int) -> dict[str, dict[str, Any]]:
+    """From the tower and the decoder that are kept, so after these."""
+    world = ToyWorld(kinds=("shape", "count"))
+    pictures = labelled(seen_tiles("train", PICTURES, max(100, 500 // shorter), world, TILES))
+    with tempfile.TemporaryDirectory() as place:
+        decoder = LlamaForCausalLM.from_pretrained(write_decoder(Path(place) / "decoder"), dtype=torch.float32)
+    made = {"readings": patch_readings(base_tower(SIGLIP), pictures), "meanings": word_meanings(decoder)}
+    write_weights(made, folder / PROJECTOR_FILE)
+    read = "readings of patches, and what the decoder's first layer makes of the words for them: the projector's start"
+    return {PROJECTOR_FILE: {"read off": read}}
+
+
 def _rounded(found: Mapping[str, Mapping[str, float]]) -> dict[str, dict[str, float]]:
     return {split: {name: round(share, 3) for name, share in shares.items()} for split, shares in found.items()}
 
@@ -159,4 +177,5 @@ _MAKERS: dict[str, Callable[[Path, int], dict[str, dict[str, Any]]]] = {
     "eva": _make_eva,
     "siglip": _make_siglip,
     "decoder": _make_decoder,
+    "projector": _make_projector,
 }

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from megavlm.checkpoint.fresh import FreshWeights
 from megavlm.checkpoint.hf_folder import HFFolder
+from megavlm.checkpoint.hf_import import WeightSource
 from megavlm.checkpoint.sources import ComposedWeights, GrownWeights
 from megavlm.export.aquila_vl_folder import aquila_vl_family_files
 from megavlm.export.assemble import assemble_infimm, write_folder
@@ -33,12 +34,13 @@ from megavlm.model.towers.siglip import SiglipTower
 from megavlm.model.towers.siglip_config import SiglipConfig
 from megavlm.model.towers.siglip_state_map import siglip_state_map
 from megavlm.recipes.tiny import AQUILA_VL, DECODER, EVA, INFIMM, QWEN
+from megavlm.toy.projector_start import speaking_projector
 from megavlm.toy.resampler_start import FIRST_ATTENTION, looking_latents
 from megavlm.toy.tokenizer import NEW_TOKENS, write_tokenizer
 
 WEIGHTS = files("megavlm.toy.bases")
 DECODER_FILE, EVA_FILE, PLACES_FILE = "decoder.safetensors", "eva.safetensors", "places.safetensors"
-SIGLIP_FILE = "siglip.safetensors"
+SIGLIP_FILE, PROJECTOR_FILE = "siglip.safetensors", "projector.safetensors"
 MANIFEST = "manifest.json"
 OPEN_GATES = {".attn_gate": 1.0, ".ff_gate": 0.5}
 """Where gates start. From 0, as in the real models, those of the attention come to 0.03 in 500 steps."""
@@ -91,23 +93,35 @@ def base_tower(config: EvaConfig | SiglipConfig = EVA) -> EvaTower | SiglipTower
 
 
 def aquila_vl_base(folder: Path, seed: int = 1234) -> Path:
-    """A toy Aquila-VL to start from: a tower that sees, a decoder that speaks, a fresh projector and newline."""
+    """A toy Aquila-VL to start from: a tower that sees, a decoder that speaks, and between them fresh weights, but that
+    some of the projector's channels already tell the decoder what a patch shows."""
     whole, prefix = aquila_vl_state_map(QWEN, AQUILA_VL), TRANSFORMERS.tower
     with tempfile.TemporaryDirectory() as place, as_file(WEIGHTS / SIGLIP_FILE) as tower:
         language = write_decoder(Path(place), of_chatml=True)
         with HFFolder.open(language) as text, HFFolder.open_file(tower) as eyes:
             words = GrownWeights(text, _VOCABULARY, QWEN.vocab_size)
+            fresh = FreshWeights(whole, seed, QWEN.init_method_std)
             source = ComposedWeights(
-                FreshWeights(whole, seed, QWEN.init_method_std),
+                fresh,
                 {
                     **{TRANSFORMERS.name(name): (words, name) for name in text.names()},
                     **{prefix + name: (eyes, name) for name in eyes.names()},
                 },
             )
+            replaced = _Replaced(source, _projector(fresh))
             tokenizer = tagged_tokenizer(language)
             extra = aquila_vl_family_files(QWEN, AQUILA_VL, "float32", "transformers", tokenizer, None)
-            write_folder(source, whole, folder, torch.float32, extra)
+            write_folder(replaced, whole, folder, torch.float32, extra)
     return folder
+
+
+def _projector(fresh: FreshWeights) -> dict[str, Tensor]:
+    prefix = "multi_modal_projector."
+    names = [name.removeprefix(prefix) for name in fresh.names() if name.startswith(prefix)]
+    with as_file(WEIGHTS / PROJECTOR_FILE) as file:
+        kept = {name: tensor.float() for name, tensor in load_file(file).items()}
+    made = speaking_projector({name: fresh.read(prefix + name) for name in names}, kept["readings"], kept["meanings"])
+    return {prefix + name: tensor for name, tensor in made.items()}
 
 
 def infimm_base(folder: Path, seed: int = 1234) -> Path:
@@ -132,7 +146,29 @@ FAMILY_BASES: dict[str, Callable[[Path, int], Path]] = {"infimm": infimm_base, "
 """What writes the folder that a toy of each family starts from, out of a seed."""
 
 
-class _Opened:
+class _Replaced:
+    """A source some of whose tensors are others."""
+
+    def __init__(self, source: WeightSource, others: Mapping[str, Tensor]) -> None:
+        self._source, self._others = source, others
+
+    def names(self) -> Sequence[str]:
+        return self._source.names()
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self._source.shape(name)
+
+    def read(self, name: str) -> Tensor:
+        return self._others[name] if name in self._others else self._source.read(name)
+
+    def read_rows(self, name: str, start: int, stop: int) -> Tensor:
+        return self.read(name)[start:stop]
+
+    def read_columns(self, name: str, start: int, stop: int) -> Tensor:
+        return self.read(name)[:, start:stop]
+
+
+class _Opened(_Replaced):
     """The weights of a folder with the resampler's beginning replaced and its gates open; what stands behind the
     first attention adds nothing yet, so that neither its patches nor the decoder's words drown in noise."""
 
@@ -142,23 +178,9 @@ class _Opened:
         prefix = "model.perceiver."
         fresh = {name: source.read(prefix + name) for name in FIRST_ATTENTION}
         set_up = looking_latents(fresh, places, INFIMM.resampler, seed)
-        self._source, self._set_up = source, {prefix + name: tensor for name, tensor in set_up.items()}
+        others = {prefix + name: tensor for name, tensor in set_up.items()}
         for ending, gate in OPEN_GATES.items():
-            self._set_up |= {name: torch.full((1,), gate) for name in source.names() if name.endswith(ending)}
-        silent = (name for name in source.names() if name.endswith(SILENT) and name not in self._set_up)
-        self._set_up |= {name: torch.zeros(source.shape(name)) for name in silent}
-
-    def names(self) -> Sequence[str]:
-        return self._source.names()
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        return self._source.shape(name)
-
-    def read(self, name: str) -> Tensor:
-        return self._set_up[name] if name in self._set_up else self._source.read(name)
-
-    def read_rows(self, name: str, start: int, stop: int) -> Tensor:
-        return self.read(name)[start:stop]
-
-    def read_columns(self, name: str, start: int, stop: int) -> Tensor:
-        return self.read(name)[:, start:stop]
+            others |= {name: torch.full((1,), gate) for name in source.names() if name.endswith(ending)}
+        silent = (name for name in source.names() if name.endswith(SILENT) and name not in others)
+        others |= {name: torch.zeros(source.shape(name)) for name in silent}
+        super().__init__(source, others)
