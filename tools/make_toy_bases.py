@@ -1,6 +1,6 @@
 """Make the toy bases again: small towers that see the toy world and a small decoder that speaks of it.
 
-    .venv/bin/python tools/make_toy_bases.py [eva] [siglip] [decoder] [--out FOLDER] [--shorter N]
+    .venv/bin/python tools/make_toy_bases.py [eva] [siglip] [decoder] [projector] [--out FOLDER] [--shorter N]
 
 Hardware: two CPU cores. Time: an hour for all.
 Expected: what `megavlm/toy/bases/manifest.json` says under accuracy.
