@@ -157,9 +157,9 @@ def _toy_run(root: Path, quick: bool) -> RunConfig:
     decoder = run.decoder
     if not quick:
         tower = SiglipConfig(image_size=56, patch_size=8, width=288, depth=6, heads=4, mlp_width=1152)
-        parts = parts.replace(tower=tower)
-        decoder = decoder.replace(num_layers=8, hidden_size=384, ffn_hidden_size=1024, num_attention_heads=6)
-        decoder = decoder.replace(num_query_groups=2, kv_channels=64)
+        parts = parts.replace(tower=tower, grid=parts.grid.replace(patch_size=tower.patch_size))
+        heads = {"num_attention_heads": 6, "num_query_groups": 2, "kv_channels": 64}
+        decoder = decoder.replace(num_layers=8, hidden_size=384, ffn_hidden_size=1024, **heads)
     (samples,) = run.data.streams
     sources = tuple(source.replace(part=0, parts=1) for source in samples.sources)
     samples = samples.replace(sources=sources, samples_per_step=SAMPLES_PER_STEP)

@@ -101,7 +101,8 @@ def test_the_table_counts_the_whole_model_in_every_layout() -> None:
         assert found == [aquila_vl] * 3 + [infimm] * 3
     lines = [line.split() for line in aquila_vl.splitlines()]
     assert [line[0] for line in lines] == ["part", "tower", "projector", "newline", "decoder", "all"]
-    assert lines[1][3] == "1e-06" and lines[4][3] == "0.0005" and lines[3][1:3] == ["128", "128"]
+    rate = f"{recipe('aquila-vl-tiny/2a').optimizer.lr:g}"
+    assert lines[1][3] == "1e-06" and lines[4][3] == rate and lines[3][1:3] == ["128", "128"]
     frozen = {line.split()[0]: line.split()[1:] for line in infimm.splitlines()}
     assert frozen["decoder"][1:] == frozen["tower"][1:] == ["0", "frozen"]
     assert frozen["new_tokens"][:2] == ["512", "512"]  # two rows of 128 at either end
