@@ -36,7 +36,7 @@ def main() -> int:
     picture_sheet(some_of_each(course.asked, 16), arguments.out / "answers.png")
     print("", curve(course.losses), "", score_table(course.scores), "", sep="\n")
     print("; ".join(f"{name} {seconds:.0f} s" for name, seconds in course.seconds.items()))
-    print(f"the model is in {arguments.out / 'trained'}, its answers are in {arguments.out / 'answers.png'}")
+    print(f"the model is in {course.trained}, its answers are in {arguments.out / 'answers.png'}")
     return 0
 
 

@@ -1,4 +1,4 @@
-"""A toy model from its bases to the answers it gives: each stage a run of its own on two processes, then the quiz."""
+"""A toy model from its bases to the answers it gives: all stages as one run on two processes, then the quiz."""
 
 from __future__ import annotations
 
@@ -11,20 +11,22 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megavlm.data.toy_world.world import PictureKind, SampleKind
-from megavlm.log import get_logger
-from megavlm.recipes import RECIPES, recipe
+from megavlm.recipes import recipe, stages_of
 from megavlm.toy.bases import FAMILY_BASES
 from megavlm.toy.data import KINDS, SAMPLES, prepare_toy_data, toy_world
 from megavlm.toy.quiz import Asked, Respondent, Score, quiz
 from megavlm.toy.show import losses_in
 
-logger = get_logger(__name__)
+LOG = Path("loss.jsonl")
+"""Of which each stage writes one of its own."""
 
 
 @dataclass(frozen=True)
 class Course:
     """What a course left behind."""
 
+    trained: Path
+    """The folder that the last stage exported."""
     losses: dict[str, list[tuple[int, float]]]
     """Stage -> (iteration, loss)."""
     scores: dict[PictureKind, Score]
@@ -42,40 +44,38 @@ def run_course(
     samples: Mapping[SampleKind, int] = SAMPLES,
     options: Sequence[str] = (),
 ) -> Course:
-    """Bases, data, all stages of the family's toy, and questions about unseen pictures to the folder `trained`."""
+    """Bases, data, all stages of the family's toy as one run, and questions about unseen pictures to its export."""
     watch = _Watch()
-    stages = [name for name in RECIPES if name.startswith(f"{family}-tiny/")]
-    start = FAMILY_BASES[family](folder / "base", seed)
-    prepare_toy_data(folder / "data", start, seed, family=family, samples=_named(samples, stages), workers=2)
+    model = f"{family}-tiny"
+    base = FAMILY_BASES[family](folder / "base", seed)
+    prepare_toy_data(folder / "data", base, seed, family=family, samples=_named(samples, model), workers=2)
     watch.lap("data")
-    losses = {}
-    for stage in stages:
-        out = folder / ("trained" if stage == stages[-1] else stage.partition("/")[2])
-        losses[stage.partition("/")[2]] = train_stage(stage, start, folder / "data", out, seed, options)
-        watch.lap(stage)
-        start = out
+    train_model(model, folder, seed, options)
+    watch.lap("training")
+    stages = stages_of(model)
+    trained = folder / "trained" / stages[-1]
     kinds = tuple(dict.fromkeys(KINDS))
-    scores, asked = quiz(Respondent(start), kinds, toy_world(seed), questions)
+    scores, asked = quiz(Respondent(trained), kinds, toy_world(seed), questions)
     watch.lap("questions")
-    return Course(losses, scores, asked, watch.laps)
+    losses = {stage: losses_in(folder / f"{LOG.stem}-{stage}{LOG.suffix}") for stage in stages}
+    return Course(trained, losses, scores, asked, watch.laps)
 
 
-def _named(samples: Mapping[SampleKind, int], stages: Sequence[str]) -> dict[SampleKind, int]:
-    """Of these the data sets that the stages learn from."""
-    data = [run.data for run in map(recipe, stages) if run.data is not None]
-    names = {source.name for one in data for stream in one.streams for source in stream.sources}
+def _named(samples: Mapping[SampleKind, int], model: str) -> dict[SampleKind, int]:
+    """Of these the data sets that the model's stages learn from."""
+    data = [run.data for stage in stages_of(model) if (run := recipe(f"{model}/{stage}")).data is not None]
+    names = {source.name for one in data if one for stream in one.streams for source in stream.sources}
     return {kind: count for kind, count in samples.items() if f"toy-{kind}" in names}
 
 
-def train_stage(
-    stage: str, start: Path, data: Path, out: Path, seed: int, options: Sequence[str] = ()
-) -> list[tuple[int, float]]:
-    """One stage on two processes, from one Hugging Face folder to the next; its (iteration, loss)."""
+def train_model(model: str, folder: Path, seed: int, options: Sequence[str] = ()) -> None:
+    """All stages on two processes, from the folder `base` and the data sets below `data` to folders below `trained`."""
     torchrun = [str(Path(sys.executable).parent / "torchrun"), "--standalone", "--nproc-per-node", "2"]
-    train = ["-m", "megavlm", "train", stage, "--tensor-model-parallel-size", "2", "--seed", str(seed)]
+    train = ["-m", "megavlm", "train", model, "--tensor-model-parallel-size", "2", "--seed", str(seed)]
     scale = ["--params-dtype", "bfloat16", "data.rows.rows_multiple=1"]
-    folders = ["--load-hf", str(start), "--data-path", str(data), "--export-hf", str(out)]
-    command, said = [*torchrun, *train, *scale, *folders, *options], []
+    starts = ["--load-hf", str(folder / "base"), "--data-path", str(folder / "data")]
+    ends = ["--save", str(folder / "saved"), "--export-hf", str(folder / "trained"), "--log-json", str(folder / LOG)]
+    command, said = [*torchrun, *train, *scale, *starts, *ends, *options], []
     with subprocess.Popen(command, env=_environment(), stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         for line in process.stdout:
@@ -85,7 +85,6 @@ def train_stage(
     if process.returncode:
         print("".join(said), file=sys.stderr)
         raise subprocess.CalledProcessError(process.returncode, command)
-    return losses_in("".join(said))
 
 
 def _environment() -> dict[str, str]:

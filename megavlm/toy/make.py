@@ -50,9 +50,10 @@ TILES = GridConfig(tile_size=SIGLIP.image_size, patch_size=SIGLIP.patch_size)
 LESSONS = (
     (ToyWorld(kinds=("colour", "shape", "position"), questions=10), 10_000, 1200, 2e-3),
     (ToyWorld(questions=10), 30_000, 2400, 2e-3),
+    (ToyWorld(kinds=(*PICTURE_KINDS, *("count_by",) * 3), questions=10), 30_000, 1500, 2e-3),
 )
 """What a decoder is told of, in how many texts, for how many steps, and the highest learning rate: which thing is where
-comes first."""
+comes first, counting by colour or form last."""
 SIGHTS = ToyWorld(kinds=("shape", "position", "count", "count_by", *("reading",) * 4, "chart"))
 """Pictures for a tower: words come often, for they are the hardest to see."""
 BASES = ("eva", "siglip", "decoder", "projector")

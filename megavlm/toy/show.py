@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import re
+import json
 import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -12,7 +12,6 @@ from PIL import Image, ImageDraw, ImageFont
 from megavlm.data.toy_world.world import PictureKind
 from megavlm.toy.quiz import Asked, Score, mean
 
-_LOSS = re.compile(r"iteration\s+(\d+)/.*?lm loss: ([0-9.E+-]+)")
 _COLUMNS = {
     "answers": "held_out",
     "new pictures": "unseen_pictures",
@@ -36,9 +35,11 @@ def score_table(scores: Mapping[PictureKind, Score]) -> str:
     return "\n".join([head, *lines, last])
 
 
-def losses_in(log: str) -> list[tuple[int, float]]:
-    """(iteration, loss) of a run's log lines."""
-    return [(int(step), float(loss)) for step, loss in _LOSS.findall(log)]
+def losses_in(log: Path) -> list[tuple[int, float]]:
+    """(iteration, loss) of what `--log-json` wrote."""
+    entries = map(json.loads, log.read_text(encoding="utf-8").splitlines())
+    steps = [(entry["iteration"], entry["losses"]["lm loss"]) for entry in entries if entry["kind"] == "step"]
+    return [(step, loss) for step, loss in steps if loss is not None]  # null: not finite
 
 
 def curve(stages: Mapping[str, Sequence[tuple[int, float]]], width: int = 72, height: int = 10) -> str:

@@ -25,7 +25,7 @@ def test_a_course_goes_through_all_stages_and_asks_the_exported_model(
         course = run_course(tmp_path, 5, family=family, questions=3, samples=samples, options=options)
     assert list(course.losses) == list(stages_of(f"{family}-tiny"))
     assert all([step for step, _ in found] == [1, 2] for found in course.losses.values())
-    assert (tmp_path / "trained" / "model.safetensors").exists()
+    assert (course.trained / "model.safetensors").exists()
     assert {one.question.kind for one in course.asked} == set(course.scores)
     assert len(course.asked) == 6 * len(course.scores)
     for kind, score in course.scores.items():

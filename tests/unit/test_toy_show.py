@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from datetime import datetime
+import json
 from pathlib import Path
 
 from PIL import Image
 
 from megavlm.data.toy_world.questions import Question
 from megavlm.data.toy_world.world import PictureKind
-from megavlm.log import IterationStats, iteration_line
 from megavlm.toy.quiz import Asked, Score
 from megavlm.toy.show import curve, losses_in, picture_sheet, score_table, some_of_each
 
@@ -19,24 +18,17 @@ def asked(kind: str, number: int, answer: str = "red") -> Asked:
     return Asked(question, Image.new("RGB", (64, 64), (number, 0, 0)), answer)
 
 
-def test_losses_are_read_from_the_lines_of_a_run() -> None:
-    lines = [
-        iteration_line(
-            IterationStats(
-                iteration=step,
-                train_iters=100,
-                consumed_samples=step,
-                elapsed_time_per_iteration_ms=1.0,
-                learning_rate=1e-3,
-                global_batch_size=1,
-                losses={"lm loss": loss},
-                grad_norm=1.0,
-            ),
-            datetime(2026, 1, 1),
-        )
-        for step, loss in ((10, 12.5), (20, 0.00314))
+def test_losses_are_read_from_the_log_of_a_run(tmp_path: Path) -> None:
+    log = tmp_path / "loss.jsonl"
+    entries = [
+        {"kind": "start", "iteration": 0},
+        {"kind": "step", "iteration": 10, "losses": {"lm loss": 12.5, "lm loss/toy-pairs": 1.0}},
+        {"kind": "step", "iteration": 20, "losses": {"lm loss": None}},
+        {"kind": "save", "iteration": 20, "blocked_ms": 3.0},
+        {"kind": "step", "iteration": 30, "losses": {"lm loss": 0.00314}},
     ]
-    assert losses_in("\n".join(["training x", lines[0], "saved", lines[1]])) == [(10, 12.5), (20, 0.00314)]
+    log.write_text("".join(json.dumps(entry) + "\n" for entry in entries))
+    assert losses_in(log) == [(10, 12.5), (30, 0.00314)]
 
 
 def test_the_table_has_a_line_for_each_kind_and_their_mean() -> None:
