@@ -12,6 +12,7 @@ from megatron.core import parallel_state
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
+from megavlm.errors import UnavailableError
 from megavlm.parallel.layout import ParallelConfig
 from megavlm.platform import machine
 
@@ -61,9 +62,14 @@ def join(timeout_minutes: float = 10.0) -> int:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     # Without torchrun there is no address to meet at, and nobody to meet.
     store = None if "MASTER_ADDR" in os.environ else dist.HashStore()
-    dist.init_process_group(
-        machine.backend(), store=store, rank=rank, world_size=world_size, timeout=timedelta(minutes=timeout_minutes)
-    )
+    timeout = timedelta(minutes=timeout_minutes)
+    try:
+        dist.init_process_group(machine.backend(), store=store, rank=rank, world_size=world_size, timeout=timeout)
+    except (dist.DistNetworkError, dist.DistStoreError, ValueError) as error:
+        place = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+        problem = f"is where rank {rank} did not meet {world_size - 1} others ({str(error).splitlines()[0]})"
+        remedy = "give all processes the first node's name, the same free port, and each a RANK below WORLD_SIZE"
+        raise UnavailableError("MASTER_ADDR:MASTER_PORT", place, problem, remedy) from error
     return world_size
 
 
