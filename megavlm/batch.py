@@ -138,12 +138,18 @@ def next_token_batch(tokens: Tensor, targets: Tensor | None = None, cu_seqlens: 
 
 
 def preceding_images(
-    tokens: Tensor, image_token_id: int, images_of_samples: Sequence[int], cu_seqlens: Tensor | None = None
+    tokens: Tensor,
+    image_token_id: int,
+    images_of_samples: Sequence[int],
+    cu_seqlens: Tensor | None = None,
+    *,
+    may_be_cut: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """(image_of_token, has_image) of `Media`: each token sees the last image tagged at or before it in its sample.
 
     `images_of_samples` says how many images come with each sample (a row, or a document of a packed row); a sample
-    whose tags say otherwise is refused.
+    whose tags say otherwise is refused. Where samples may be cut, the tags of the last images may be gone, and nothing
+    sees these.
     """
     rows, length = tokens.shape
     starts = [row * length for row in range(rows)] if cu_seqlens is None else cu_seqlens[:-1].tolist()
@@ -156,7 +162,7 @@ def preceding_images(
         span = slice(bounds[sample], bounds[sample + 1])
         seen = is_tag[span].cumsum(0)
         tags = int(seen[-1]) if seen.numel() else 0
-        if tags != images:
+        if tags > images or (tags < images and not may_be_cut):
             raise DataError(
                 f"sample {sample}: tags of images", tags, f"{images} images come with it", "use one tag for each image"
             )

@@ -50,6 +50,10 @@ class DataError(MegavlmError):
     """A sample that contradicts itself, or that the model cannot take."""
 
 
+class TooLongError(DataError):
+    """A sample that is longer than the run allows and cannot be cut to that."""
+
+
 class DivergedError(MegavlmError):
     """Training whose loss or gradient is not finite, step after step."""
 

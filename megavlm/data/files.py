@@ -1,4 +1,4 @@
-"""A file that appears under its name whole or not at all."""
+"""Files that appear under their names, and lines that appear in them, whole or not at all."""
 
 from __future__ import annotations
 
@@ -27,6 +27,22 @@ def atomic_file(path: Path) -> Iterator[BinaryIO]:
         partial.unlink(missing_ok=True)
         raise
     sync_folder(path.parent)
+
+
+def append_whole(file: int, content: bytes) -> None:
+    """Append all of it to an open file, or nothing: what a full disk took of it is cut off behind the OSError."""
+    size = os.fstat(file).st_size
+    try:
+        while content:
+            content = content[os.write(file, content) :]
+    except OSError:
+        os.ftruncate(file, size)
+        raise
+
+
+def open_to_append(path: Path) -> int:
+    """For `append_whole`."""
+    return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
 
 
 def sync_folder(folder: Path) -> None:

@@ -39,6 +39,8 @@ class Cost(NamedTuple):
     """Beside the tokens of the words, each tag counted among these."""
     tiles: Ints
     """What the tower sees."""
+    uncut: Ints
+    """Tokens that no cut may take."""
 
 
 @dataclass(frozen=True)
@@ -116,7 +118,7 @@ class SampleFormat(Words, ABC):
 
     @abstractmethod
     def document(self, sample: Sample, pictures: Pictures, number: int, most_tokens: int) -> Document:
-        """A sample at full length, its last text cut where it has more tokens; DataError where it cannot be."""
+        """A sample at full length, cut where it has more tokens; TooLongError where it cannot be cut."""
 
     @abstractmethod
     def blank(self, pictures: tuple[PlannedPicture, ...], tokens: int) -> Document:
@@ -195,16 +197,16 @@ class SplicedFormat(SampleFormat):
 def spliced_costs(pictures: Pictures, grid: GridConfig, sampling: FrameSampling) -> Cost:
     """What the pictures of many samples cost where their tiles' tokens stand in the row."""
     samples = len(pictures.offsets) - 1
-    tokens, tiles = np.zeros(samples, np.int64), np.zeros(samples, np.int64)
+    tags, tiles, uncut = (np.zeros(samples, np.int64) for _ in range(3))
     for kind, rows, frames in _by_kind(pictures, sampling):
         if len(rows) == 0:
             continue
         sizes = pictures.width[rows], pictures.height[rows], kind, grid, frames
         owner = _owners(pictures)[rows]
-        # A tag is counted with the words.
-        np.add.at(tokens, owner, token_counts(*sizes) - 1)
+        np.add.at(tags, owner, 1)
         np.add.at(tiles, owner, tile_counts(*sizes))
-    return Cost(tokens, tiles)
+        np.add.at(uncut, owner, token_counts(*sizes))
+    return Cost(uncut - tags, tiles, uncut)
 
 
 def _by_kind(pictures: Pictures, sampling: FrameSampling) -> list[tuple[MediaKind, Ints, Ints]]:
@@ -234,7 +236,7 @@ class AttendedFormat(SampleFormat):
 
     def costs(self, pictures: Pictures) -> Cost:
         counts = np.diff(pictures.offsets)
-        return Cost(np.zeros_like(counts), counts)
+        return Cost(np.zeros_like(counts), counts, np.zeros_like(counts))
 
     def plan(self, pictures: Pictures, sample: int) -> tuple[PlannedPicture, ...]:
         start, found = int(pictures.offsets[sample]), []
@@ -245,21 +247,24 @@ class AttendedFormat(SampleFormat):
 
     def document(self, sample: Sample, pictures: Pictures, number: int, most_tokens: int) -> Document:
         encoded, planned = self.encode(sample), self.plan(pictures, number)
-        where = f"sample {sample.id}"
-        _check_count(int((encoded.tokens == self.image_token_id).sum()), len(planned), where)
-        tokens, targets = encoded.tokens[:most_tokens], encoded.targets[:most_tokens]
-        _check_count(int((tokens == self.image_token_id).sum()), len(planned), f"{where}, cut to {most_tokens} tokens")
-        return Document(tokens, targets, planned)
+        tags = int((encoded.tokens == self.image_token_id).sum())
+        if tags != len(planned):
+            problem = f"{len(planned)} pictures come with it"
+            raise DataError(f"sample {sample.id}: tags", tags, problem, "mend or drop the sample")
+        # A picture whose tag is cut off stays, seen by no token: the index alone says which pictures a row has.
+        return Document(encoded.tokens[:most_tokens], encoded.targets[:most_tokens], planned)
 
     def blank(self, pictures: tuple[PlannedPicture, ...], tokens: int) -> Document:
-        return _blank(np.full(len(pictures), self.image_token_id), tokens, pictures)
+        return _blank(np.full(min(len(pictures), tokens), self.image_token_id), tokens, pictures)
 
     def batch(self, documents: Sequence[Document], length: int, patches: Tensor, held: tuple[int, ...]) -> TextBatch:
         counts = [len(document.pictures) for document in documents]
         row = pack_samples([_without_media(document) for document in documents], length)
         batch = next_token_batch(row.tokens, row.targets, row.cu_seqlens)
         samples = [*counts, *([0] if len(row.cu_seqlens) - 1 > len(counts) else [])]
-        image_of_token, has_image = preceding_images(row.tokens, self.image_token_id, samples, row.cu_seqlens)
+        image_of_token, has_image = preceding_images(
+            row.tokens, self.image_token_id, samples, row.cu_seqlens, may_be_cut=True
+        )
         media = AttendedMedia(patches, (1,) * sum(counts), held, image_of_token=image_of_token, has_image=has_image)
         return TextBatch(batch.tokens, batch.labels, batch.loss_weights, batch.cu_seqlens, media)
 
@@ -298,11 +303,6 @@ def _blank(places: NDArray[np.int64], tokens: int, pictures: tuple[PlannedPictur
     assert len(places) <= tokens, f"{tokens} tokens for the {len(places)} of the pictures"
     padded = np.concatenate([places, np.zeros(tokens - len(places), np.int64)]).astype(np.int64)
     return Document(padded, np.full(tokens, IGNORED), pictures)
-
-
-def _check_count(tags: int, pictures: int, where: str) -> None:
-    if tags != pictures:
-        raise DataError(f"{where}: tags", tags, f"{pictures} pictures come with it", "mend or drop the sample")
 
 
 def _check_order(spliced: SplicedSample, sample: Sample) -> None:

@@ -3,31 +3,38 @@
 A digest is the sum, modulo 2^64, of a hash of each sample's (source, index, epoch). So the digests of the ranks of a
 step add up to one that does not depend on how many ranks there were, and that the order alone can tell beforehand.
 
-A folder `ledger` has one file of JSON lines for each data-parallel rank, and `data.json`: the settings and the seed
-that the order follows from.
+A folder `ledger` has one file of JSON lines for each data-parallel rank, and `data.json`: the settings, the seed and
+the sizes of data sets that the order follows from.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
+import os
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from megavlm.data.files import atomic_file
+from megavlm.data.files import append_whole, atomic_file, open_to_append
 from megavlm.data.index import Index
 from megavlm.data.loader import Damage, StepBatches
 from megavlm.data.order import StepOrder, StepSamples
 from megavlm.data.permutation import mixed
 from megavlm.data.step_plan import DataConfig
 from megavlm.errors import DataError
+from megavlm.log import get_logger
 from megavlm.tiles import Ints
 
+logger = get_logger(__name__)
+
 SETTINGS_FILE, ASIDE = "data.json", "set-aside"
+LEFT_OUT = "left out"
+SIZES = "sizes"
+"""Among the settings: how many samples each data set has."""
 
 
 def digest(samples: StepSamples, chosen: Ints, names: Sequence[str]) -> int:
@@ -45,7 +52,10 @@ def _word(name: str) -> int:
 
 
 class LedgerWriter:
-    """One data-parallel rank's file; a line a step, written before the step is trained on."""
+    """One data-parallel rank's file; a line a step, written before the step is trained on.
+
+    Lines that a full disk does not take are kept, and written as soon as it does: training goes on.
+    """
 
     def __init__(
         self, folder: str | Path, rank: int, settings: dict[str, Any], first_step: int, ranks: int = 1
@@ -62,17 +72,29 @@ class LedgerWriter:
             if number % ranks == rank:
                 set_aside(path, first_step)
         self._names_all = bool(settings["data"].get("full_ledger"))
-        self._file = (self.folder / _name(rank)).open("a", encoding="utf-8")
+        self._path = self.folder / _name(rank)
+        self._file = open_to_append(self._path)
+        self._unwritten: list[bytes] = []
 
     def _check_settings(self, settings: dict[str, Any]) -> None:
         path = self.folder / SETTINGS_FILE
-        if path.exists() and _what_orders(json.loads(path.read_text(encoding="utf-8"))) != _what_orders(settings):
-            problem = "is of a run with other data settings, so its order was another one"
-            raise DataError("ledger", str(self.folder), problem, "go on with its settings, or save to another folder")
+        if path.exists():
+            self._refuse_another_order(json.loads(path.read_text(encoding="utf-8")), settings)
         with atomic_file(path) as file:
             file.write(json.dumps(settings, indent=1).encode() + b"\n")
 
-    def write(self, found: StepBatches, consumed: Ints, damaged: Iterable[Damage], names: Sequence[str]) -> None:
+    def _refuse_another_order(self, before: dict[str, Any], now: dict[str, Any]) -> None:
+        """The order follows from streams, seed and sizes; rows, threads and places of data sets may change."""
+        if (before["data"]["streams"], before["seed"]) != (now["data"]["streams"], now["seed"]):
+            problem = "is of a run with other data settings, so its order was another one"
+            raise DataError("ledger", str(self.folder), problem, "go on with its settings, or save to another folder")
+        for name, size in before.get(SIZES, {}).items():
+            if now[SIZES][name] != size:
+                problem = f"is of a run in which {name} had {size} samples, so its order was another one"
+                remedy = f"go on with that data set (it has {now[SIZES][name]} now), or save to another folder"
+                raise DataError("ledger", str(self.folder), problem, remedy)
+
+    def write(self, found: StepBatches, consumed: Ints, damaged: Sequence[Damage], names: Sequence[str]) -> None:
         """A step of this rank: `consumed` are the places in the step of its samples, dropped ones included."""
         plan = found.plan
         line: dict[str, Any] = {
@@ -80,17 +102,43 @@ class LedgerWriter:
             "samples": len(consumed),
             "digest": f"{digest(plan.samples, consumed, names):016x}",
         }
-        wrong = [{"source": one.sample.source, "index": one.sample.index, "problem": one.problem} for one in damaged]
-        for flags, problem in ((plan.is_cut, "cut"), (plan.is_dropped, "left out")):
-            for place in consumed[flags[consumed]].tolist():
+        wrong = [
+            {
+                "source": one.sample.source,
+                "index": one.sample.index,
+                "problem": f"{LEFT_OUT}: {one.problem}" if one.is_too_long else one.problem,
+            }
+            for one in damaged
+        ]
+        too_long = [one.sample.place for one in damaged if one.is_too_long]
+        for flags, problem in ((plan.is_cut, "cut"), (plan.is_dropped, LEFT_OUT)):
+            for place in np.setdiff1d(consumed[flags[consumed]], too_long).tolist():
                 name = names[int(plan.samples.source[place])]
                 wrong.append({"source": name, "index": int(plan.samples.index[place]), "problem": problem})
         if wrong:
             line["notes"] = wrong
         if self._names_all:
             line["names"] = _all_names(plan.samples, consumed, names)
-        self._file.write(json.dumps(line) + "\n")
-        self._file.flush()
+        self._append(json.dumps(line).encode() + b"\n")
+
+    def _append(self, line: bytes) -> None:
+        was_failing = bool(self._unwritten)
+        self._unwritten.append(line)
+        try:
+            append_whole(self._file, b"".join(self._unwritten))
+        except OSError as error:
+            if not was_failing:
+                logger.warning("%s cannot be written (%s); its lines are kept until it can", self._path, error.strerror)
+            return
+        if was_failing:
+            logger.warning("%s is written again; it lacks nothing", self._path)
+        self._unwritten.clear()
+
+    def close(self) -> None:
+        """What the disk has not taken by now is lost, and said."""
+        os.close(self._file)
+        if self._unwritten:
+            logger.warning("%s lacks its last %d lines, for which there was no room", self._path, len(self._unwritten))
 
 
 def _all_names(samples: StepSamples, chosen: Ints, names: Sequence[str]) -> dict[str, list[list[int]]]:
@@ -100,11 +148,6 @@ def _all_names(samples: StepSamples, chosen: Ints, names: Sequence[str]) -> dict
         pair = [int(samples.index[place]), int(samples.epoch[place])]
         found.setdefault(names[int(samples.source[place])], []).append(pair)
     return found
-
-
-def _what_orders(settings: dict[str, Any]) -> tuple[Any, Any]:
-    """What the order follows from; rows, threads and places of data sets may change from one start to the next."""
-    return settings["data"]["streams"], settings["seed"]
 
 
 def set_aside(path: Path, first_step: int) -> None:
@@ -157,7 +200,7 @@ def order_of_ledger(folder: str | Path, data_path: str | None = None) -> StepOrd
     path = Path(folder) / SETTINGS_FILE
     try:
         settings = json.loads(path.read_text(encoding="utf-8"))
-        config, seed = DataConfig.from_dict(settings["data"]), int(settings["seed"])
+        config, seed, known = DataConfig.from_dict(settings["data"]), int(settings["seed"]), settings.get(SIZES, {})
     except FileNotFoundError:
         raise DataError(
             "ledger", str(folder), f"holds no {SETTINGS_FILE}", "give the folder `ledger` of a run"
@@ -169,6 +212,12 @@ def order_of_ledger(folder: str | Path, data_path: str | None = None) -> StepOrd
         for stream in config.streams
         for source in stream.sources
     }
+    for name, size in sizes.items():
+        if known.get(name, size) != size:
+            problem = f"is of a run in which {name} had {known[name]} samples, and it has {size} now"
+            raise DataError(
+                "ledger", str(folder), problem, "name the folder of the data sets as they were by --data-path"
+            )
     return StepOrder(config.streams, sizes, seed)
 
 

@@ -22,7 +22,7 @@ from megavlm.data.decode import Decoder, EncodedPicture
 from megavlm.data.formats import Document, PlannedPicture, SampleFormat
 from megavlm.data.sample import Sample
 from megavlm.data.step_plan import DataConfig, Planner, Source, StepPlan
-from megavlm.errors import DataError
+from megavlm.errors import DataError, TooLongError
 from megavlm.tiles import Ints
 
 T = TypeVar("T")
@@ -45,7 +45,7 @@ class SampleName:
 
 @dataclass(frozen=True)
 class Damage:
-    """A sample that could not be read, or not whole."""
+    """A sample that could not be read, or not whole, or not cut to its length."""
 
     row: int
     """Which of this rank's rows holds it."""
@@ -53,6 +53,8 @@ class Damage:
     """Which of the row's documents it is."""
     sample: SampleName
     problem: str
+    is_too_long: bool = False
+    """Nothing is wrong with it, but that it is longer than the run allows and ends with an image."""
 
 
 @dataclass(frozen=True)
@@ -126,10 +128,10 @@ class Loader:
         documents = [[future.result() for future in row] for row in words]
         own = self.own_pictures([[p.tiles for document, _ in row for p in document.pictures] for row in documents])
         damaged = [
-            Damage(row, number, self._name(plan, int(rows[row][number])), problem)
+            Damage(row, number, self._name(plan, int(rows[row][number])), str(error), isinstance(error, TooLongError))
             for row, found in enumerate(documents)
-            for number, (_, problem) in enumerate(found)
-            if problem
+            for number, (_, error) in enumerate(found)
+            if error is not None
         ]
         patches, of_pictures = self._pictures(plan, rows, documents, own)
         lengths = plan.packing.row_lengths[dealt].tolist()
@@ -140,7 +142,7 @@ class Loader:
         names = [[self._name(plan, int(sample)) for sample in row] for row in rows]
         return StepBatches(step, batches, names, damaged + of_pictures, plan)
 
-    def _document(self, plan: StepPlan, sample: int) -> tuple[Document, str]:
+    def _document(self, plan: StepPlan, sample: int) -> tuple[Document, DataError | None]:
         """A sample of the plan, and what is wrong with it."""
         pictures, number = plan.pictures_of(sample)
         planned, tokens = self.words.plan(pictures, number), int(plan.tokens[sample])
@@ -150,8 +152,8 @@ class Loader:
                 problem = f"its tokens are {len(found.tokens)}, and the index says {tokens}"
                 raise DataError(f"sample {sample}", tokens, problem, "index the data again")
         except DataError as error:
-            return self.words.blank(planned, tokens), str(error)
-        return found, ""
+            return self.words.blank(planned, tokens), error
+        return found, None
 
     def _read(self, plan: StepPlan, sample: int) -> Sample:
         source = self.sources[int(plan.samples.source[sample])]
@@ -161,7 +163,7 @@ class Loader:
         self,
         plan: StepPlan,
         rows: Sequence[Ints],
-        documents: Sequence[Sequence[tuple[Document, str]]],
+        documents: Sequence[Sequence[tuple[Document, DataError | None]]],
         own: Sequence[tuple[int, ...]],
     ) -> tuple[list[Tensor], list[Damage]]:
         """The patch rows of each row's own pictures, and what was wrong with their samples."""

@@ -99,8 +99,9 @@ class StepPacking:
 def apply_limit(tokens: ArrayLike, text_tokens: ArrayLike, limit: int, policy: OverLong) -> Limited:
     """Hold samples to the recipe's limit of tokens each.
 
-    `text_tokens` are those behind a sample's last image, which a cut may take, all but one: a sample that is over-long
-    without them is dropped, for no cut goes through an image.
+    `text_tokens` are those that a cut may take, all but one: a sample that is over-long without them is dropped, for no
+    cut goes through an image. Text that stands before an image can't be told from text behind it here, so a sample that
+    passes may still prove too long when it is read.
     """
     given, text = np.asarray(tokens, np.int64), np.asarray(text_tokens, np.int64)
     is_long = given > limit

@@ -22,7 +22,7 @@ from megavlm.batch import IGNORED
 from megavlm.data.chat import Encoded
 from megavlm.data.sample import IMAGE_TAG, VIDEO_TAG
 from megavlm.data.tile_images import Pixels, tile_pixels
-from megavlm.errors import DataError
+from megavlm.errors import DataError, TooLongError
 from megavlm.tiles import GridConfig, ImagePlan, Ints, MediaKind, plan_image
 
 MOST_TOKENS = 2**22
@@ -135,7 +135,7 @@ def cut_sample(sample: SplicedSample, max_tokens: int) -> SplicedSample:
     if sample.is_image[max_tokens:].any():
         needed = int(np.flatnonzero(sample.is_image)[-1]) + 1
         problem = f"its images and videos need {needed}"
-        raise DataError(f"{sample.where}: max_tokens", max_tokens, problem, "allow more, cap its tiles, or drop it")
+        raise TooLongError(f"{sample.where}: max_tokens", max_tokens, problem, "allow more, cap its tiles, or drop it")
     cut = {name: getattr(sample, name)[:max_tokens] for name in ("tokens", "targets", "is_image")}
     return dataclasses.replace(sample, **cut)
 

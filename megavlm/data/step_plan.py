@@ -115,22 +115,22 @@ class Planner:
     def plan(self, step: int) -> StepPlan:
         """The plan of a step, from 0."""
         samples = self.order.step(step)
-        text, tiles = np.zeros_like(samples.index), np.zeros_like(samples.index)
-        tokens, tables = np.zeros_like(samples.index), {}
+        tokens, tiles, to_cut = (np.zeros_like(samples.index) for _ in range(3))
+        unreadable, tables = np.zeros(len(samples.index), np.bool_), {}
         for number in np.unique(samples.source).tolist():
             places = np.flatnonzero(samples.source == number)
             index, counts = samples.index[places], self.sources[number].counts
             pictures = self.sources[number].index.pictures(index)
             cost = self.words.costs(pictures)
-            text[places] = counts.tokens[index]
-            tokens[places], tiles[places] = text[places] + cost.tokens, cost.tiles
+            unreadable[places] = counts.tokens[index] == 0
+            tokens[places], tiles[places] = counts.tokens[index] + cost.tokens, cost.tiles
+            to_cut[places] = tokens[places] - cost.uncut
             tables[number] = places, pictures
-        unreadable = text == 0
         limited = [np.where(unreadable, 0, tokens), np.zeros_like(unreadable), unreadable.copy()]
         for number, stream in enumerate(self.config.streams):
             chosen = (samples.stream == number) & ~unreadable
             limit = stream.tokens_per_sample or self.config.rows.max_tokens
-            held = apply_limit(tokens[chosen], text[chosen], limit, stream.over_long)
+            held = apply_limit(tokens[chosen], to_cut[chosen], limit, stream.over_long)
             for column, value in zip(limited, held, strict=True):
                 column[chosen] = value
         kept, is_cut, is_dropped = limited

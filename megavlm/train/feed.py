@@ -14,12 +14,13 @@ from megavlm.build.held_out import held_out_data
 from megavlm.build.loader import build_loader
 from megavlm.build.model import Model
 from megavlm.build.run_config import RunConfig
-from megavlm.data.ledger import LedgerWriter
+from megavlm.data.ledger import SIZES, LedgerWriter
 from megavlm.data.loader import Loader, StepBatches
 from megavlm.data.step_plan import DataConfig, StepPlan
 from megavlm.data.toy_text import toy_step
 from megavlm.errors import DataError
 from megavlm.log import get_logger
+from megavlm.parallel.agree import agreed
 from megavlm.parallel.groups import Groups
 from megavlm.train.report import StepWork
 from megavlm.train.settle import Settled, settle
@@ -110,19 +111,26 @@ def _prepared(
     loader = build_loader(run, model, groups)
     names, weights = names_and_weights(loader, data)
     writer = None
-    if ledger is not None and groups.is_last_stage and groups.tensor_rank == 0:
-        settings = {"data": data.to_dict(), "seed": run.train.seed}
-        writer = LedgerWriter(ledger, groups.data_rank, settings, done, groups.data_size)
+    with agreed():
+        if ledger is not None and groups.is_last_stage and groups.tensor_rank == 0:
+            sizes = {source.name: len(source.index) for source in loader.sources}
+            settings = {"data": data.to_dict(), "seed": run.train.seed, SIZES: sizes}
+            writer = LedgerWriter(ledger, groups.data_rank, settings, done, groups.data_size)
     damaged = samples = 0
-    for found in loader.steps(done, run.train.train_iters):
-        settled = settle(found, groups, weights, names)
+    try:
+        for found in loader.steps(done, run.train.train_iters):
+            settled = settle(found, groups, weights, names)
+            if writer is not None:
+                writer.write(found, _consumed(found, loader), settled.damaged, names)
+            for one in settled.damaged:
+                if not one.is_too_long:
+                    logger.warning("sample %d of %s is left out: %s", one.sample.index, one.sample.source, one.problem)
+            damaged, samples = damaged + settled.damaged_everywhere, samples + int((~found.plan.is_dropped).sum())
+            _refuse_too_much(damaged, samples, data.most_damaged, data.samples_per_step)
+            yield _fed(found, settled, data, names, groups)
+    finally:
         if writer is not None:
-            writer.write(found, _consumed(found, loader), settled.damaged, names)
-        damaged, samples = damaged + len(settled.damaged), samples + sum(map(len, found.samples))
-        for one in settled.damaged:
-            logger.warning("sample %d of %s is left out: %s", one.sample.index, one.sample.source, one.problem)
-        _refuse_too_much(damaged, samples, data.most_damaged, data.samples_per_step)
-        yield _fed(found, settled, data, names, groups)
+            writer.close()
 
 
 def names_and_weights(loader: Loader, data: DataConfig) -> tuple[list[str], list[float]]:
@@ -164,11 +172,9 @@ def _consumed(found: StepBatches, loader: Loader) -> np.ndarray:
 
 
 def _refuse_too_much(damaged: int, samples: int, most: float, at_least: int) -> None:
-    """Stop a run whose data are broken; not for a single sample of the first steps."""
+    """Stop a run whose data are broken, all ranks at the same step; not for a single sample of the first steps."""
     if damaged > most * max(samples, at_least) and damaged > 1:
-        raise DataError(
-            "damaged samples",
-            damaged,
-            f"of {samples} are more than {most:.2%}",
-            "run `megavlm data lint` on the data sets named above, or raise --max-damaged-fraction",
-        )
+        remedy = "run `megavlm data lint` on the data sets named above, or raise --max-damaged-fraction"
+        error = DataError("damaged samples", damaged, f"of {samples} are more than {most:.2%}", remedy)
+        error.printed_by_rank = 0
+        raise error

@@ -24,6 +24,8 @@ class Settled:
     """[1, length] of each batch: the number of the source of each target token, -1 for all others."""
     damaged: list[Damage]
     """What any rank of the model-parallel group saw."""
+    damaged_everywhere: int
+    """How many samples of the whole step cannot be read, the same number on all ranks."""
 
 
 def settle(found: StepBatches, groups: Groups, stream_weights: Sequence[float], source_names: Sequence[str]) -> Settled:
@@ -32,7 +34,7 @@ def settle(found: StepBatches, groups: Groups, stream_weights: Sequence[float], 
     The loss is the sum over streams of weight x (mean over the stream's target tokens in the global batch). It is
     computed as one mean over all target tokens, so a stream's tokens weigh more where it has fewer of them.
     """
-    damaged = _damage_of_all(found, groups)
+    damaged, damaged_everywhere = _damage_of_all(found, groups)
     batches = [
         _without(batch, [one.document for one in damaged if one.row == row]) for row, batch in enumerate(found.batches)
     ]
@@ -50,18 +52,24 @@ def settle(found: StepBatches, groups: Groups, stream_weights: Sequence[float], 
         replace(batch, loss_weights=batch.loss_weights * factors[of_token])
         for batch, of_token in zip(batches, streams, strict=True)
     ]
-    return Settled(weighted, sources, damaged)
+    return Settled(weighted, sources, damaged, damaged_everywhere)
 
 
-def _damage_of_all(found: StepBatches, groups: Groups) -> list[Damage]:
-    """One for each sample. The messages are collected only in steps that have any, which one number tells."""
+def _damage_of_all(found: StepBatches, groups: Groups) -> tuple[list[Damage], int]:
+    """One for each sample of this data-parallel rank, and how many of all ranks' cannot be read.
+
+    The messages are collected only in steps in which any rank has one, which one number tells.
+    """
     count = torch.tensor([len(found.damaged)], device=groups.device)
-    dist.all_reduce(count, group=groups.collection.mp)
+    dist.all_reduce(count)
     if int(count) == 0:
-        return []
+        return [], 0
     seen: list[list[Damage]] = [[] for _ in range(groups.collection.mp.size())]
     dist.all_gather_object(seen, found.damaged, group=groups.collection.mp)
-    return list({(one.row, one.document): one for of_rank in seen for one in of_rank}.values())
+    damaged = list({(one.row, one.document): one for of_rank in seen for one in of_rank}.values())
+    count.fill_(sum(not one.is_too_long for one in damaged))
+    dist.all_reduce(count, group=groups.collection.dp)
+    return damaged, int(count)
 
 
 def _without(batch: TextBatch, documents: Sequence[int]) -> TextBatch:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 import torch.distributed as dist
 from aquila_folders import tiny_model
 from prepared_toys import data_config, prepare_toys, stream
@@ -16,6 +19,7 @@ from qwen_hf import write_tokenizer
 from tiny_aquila import GRIDS
 from tiny_folders import infimm_folder
 
+from megavlm.batch import AttendedMedia
 from megavlm.build.from_folder import run_from_folder
 from megavlm.build.held_out import held_out_data
 from megavlm.build.loader import build_words
@@ -34,7 +38,11 @@ from megavlm.data.chat import ChatConfig
 from megavlm.data.ledger import check_ledger
 from megavlm.data.order import StepOrder
 from megavlm.data.read import ShardReader
+from megavlm.data.sample import Sample, Turn
+from megavlm.data.shards import write_shards
 from megavlm.data.step_plan import Planner, open_sources
+from megavlm.data.token_counts import add_token_counts
+from megavlm.data.toy_world.samples import toy_samples
 from megavlm.data.toy_world.world import SampleKind, ToyWorld
 from megavlm.errors import DataError
 from megavlm.parallel import groups as process_groups
@@ -74,10 +82,10 @@ def aquila_run(world: str, degrees: dict[str, Any], **changes: Any) -> RunConfig
 
 
 def infimm_run(world: str, degrees: dict[str, Any], **changes: Any) -> RunConfig:
-    """Two streams, one of them cut to short texts."""
+    """Two streams, cut to short texts; of most documents the tags of the last pictures are gone."""
     root = Path(world)
     pairs = stream(["pairs"], 8, name="pairs", tokens_per_sample=40, over_long="cut", loss_weight=0.5)
-    documents = stream(["documents"], 4, name="documents", tokens_per_sample=500, over_long="drop")
+    documents = stream(["documents"], 4, name="documents", tokens_per_sample=100, over_long="cut")
     data = data_config(root / "pairs", root / "infimm", ChatConfig(template="vicuna"), [pairs, documents])
     run = small_run(root / "infimm", data, degrees)
     return run.replace(trainable=("cross_attention", "resampler"), **changes)
@@ -237,7 +245,62 @@ def order_of(family: str, world: Path) -> StepOrder:
 
 def test_two_streams_weigh_what_they_say(alone: dict[str, Any]) -> None:
     notes = [json.loads(line) for line in (alone["infimm"][1] / "rank-00000.jsonl").read_text().splitlines()]
-    assert {note["problem"] for line in notes for note in line.get("notes", [])} >= {"cut"}
+    assert {note["problem"] for line in notes for note in line.get("notes", [])} == {"cut"}
+
+
+def test_documents_are_cut_before_their_last_pictures(world: Path) -> None:
+    """Which the text sees no longer: it is as if they came last, and nothing of the sample is damaged."""
+    run = infimm_run(str(world), {})
+    assert run.data is not None and run.infimm is not None
+    words = build_words(run)
+    sources = open_sources(run.data, words)
+    documents = next(source for source in sources if source.name == "documents")
+    seen = {}
+    for number in range(len(documents.index)):
+        pictures = documents.index.pictures(np.array([number]))
+        sample = documents.reader.read_text(number)
+        whole, cut = (words.document(sample, pictures, 0, most) for most in (10**6, 100))
+        assert cut.pictures == whole.pictures and np.array_equal(cut.tokens, whole.tokens[:100])
+        row = words.batch([cut, whole], 1000, torch.zeros(0, 3), ())
+        assert isinstance(row.media, AttendedMedia)
+        of_cut, of_whole = row.media.image_of_token[0, :100], row.media.image_of_token[0, 100 : 100 + len(whole.tokens)]
+        first = len(cut.pictures)
+        assert torch.equal(of_cut, torch.where(of_whole[:100] < 0, -1, of_whole[:100] - first))
+        seen[number] = int((cut.tokens == run.infimm.image_token_id).sum()), first
+    assert sum(tags < pictures for tags, pictures in seen.values()) >= 4, seen
+
+
+def test_samples_that_cannot_be_cut_are_left_out_and_not_damaged(world: Path, tmp_path: Path) -> None:
+    """Their last image stands behind the cut, which the sizes of images alone do not tell."""
+    run = aquila_run(str(world), {})
+    assert run.data is not None
+    words = build_words(run)
+    plain = list(toy_samples("chat", "train", 0, 12, ToyWorld()))
+    before = Turn("user", "so many words " * 20), Turn("assistant", "Yes.")
+    late = [Sample(f"late-{number}", one.pictures, (*before, *one.turns)) for number, one in enumerate(plain)]
+    write_shards([[*plain, *late]], tmp_path / "data" / "chat")
+    add_token_counts(tmp_path / "data" / "chat", words.count, words.name, words.hash)
+    (loss,) = spawn(late_steps, 1, str(world), str(tmp_path))
+    assert loss > 0
+    (line, *_) = (json.loads(text) for text in (tmp_path / "ledger" / "rank-00000.jsonl").read_text().splitlines())
+    problems = [note["problem"] for note in line["notes"] if note["problem"] != "cut"]
+    assert problems and all(re.match("left out: sample late-.*images and videos need", one) for one in problems)
+
+
+def late_steps(world: str, root: str) -> float:
+    """Damaged samples would stop this run in its first step."""
+    process_groups.join()
+    run = aquila_run(world, {})
+    assert run.data is not None
+    data = run.data.replace(
+        path=f"{root}/data",
+        streams=(stream(["chat"], 12, tokens_per_sample=150, over_long="cut"),),
+        most_damaged=0.01,
+    )
+    run = run.replace(data=data, train=run.train.replace(train_iters=2))
+    groups = process_groups.start(run.parallel)
+    training = build_training(run, groups)
+    return [training.step(step, stop=0).loss for step in feed(run, training.model, groups, 0, Path(root, "ledger"))][-1]
 
 
 def damage_one_picture(world: Path, target: Path) -> str:
@@ -279,6 +342,24 @@ def test_too_much_damage_stops_the_run(world: Path, tmp_path: Path) -> None:
     with pytest.raises(RankFailed) as failed:
         spawn(train, 2, "aquila", str(tmp_path / "broken"), {}, 3, None)
     assert isinstance(failed.value.error, DataError) and "megavlm data lint" in str(failed.value.error)
+    assert failed.value.error.printed_by_rank == 0, "all ranks have counted the same"
+
+
+def resume_with_another_seed(world: str, ledger: str) -> tuple[str, int | None]:
+    process_groups.join()
+    run = aquila_run(world, TP2_SP)
+    groups = process_groups.start(run.parallel)
+    with pytest.raises(DataError) as refused:
+        next(feed(run.replace(train=run.train.replace(seed=77)), build_model(run, groups), groups, 0, Path(ledger)))
+    return str(refused.value), refused.value.printed_by_rank
+
+
+def test_other_data_settings_are_refused_by_all_ranks_at_once(world: Path, tmp_path: Path) -> None:
+    """Though but one of them writes the ledger."""
+    spawn(resume, 2, str(world), str(tmp_path), 0, 1, TP2_SP)
+    (line, printed), *others = spawn(resume_with_another_seed, 2, str(world), str(tmp_path))
+    assert "is of a run with other data settings" in line and printed == 0
+    assert others == [(line, printed)]
 
 
 def resume(world: str, ledger: str, first: int, steps: int, degrees: dict[str, Any]) -> None:

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import json
 import math
-import resource
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from full_disk import largest_file
 from reports import groups_of_one, logging_run, report_of, start_of
 
 from megavlm.errors import ConfigError
@@ -73,17 +71,6 @@ def test_a_file_of_another_kind_is_left_alone(tmp_path: Path, content: bytes) ->
     with pytest.raises(ConfigError, match=r"model.bin, line 1 = .*: is no entry of a log of training"):
         forget_from(path, 1)
     assert path.read_bytes() == content
-
-
-@contextmanager
-def largest_file(size: int) -> Iterator[None]:
-    """Writing beyond this fails, in part, as it does on a full disk."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 def test_a_full_disk_is_said_once_and_costs_whole_lines(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

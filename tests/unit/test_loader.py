@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from full_disk import largest_file
 from qwen_hf import write_tokenizer
 
 from megavlm.batch import SplicedMedia, TextBatch
@@ -17,7 +18,7 @@ from megavlm.data.chat import ChatConfig
 from megavlm.data.decode import PilDecoder
 from megavlm.data.decode_jobs import TILED
 from megavlm.data.formats import SampleFormat, SplicedFormat
-from megavlm.data.ledger import LedgerWriter
+from megavlm.data.ledger import SIZES, LedgerWriter, order_of_ledger
 from megavlm.data.loader import Loader, StepBatches
 from megavlm.data.order import SourceConfig, StreamConfig
 from megavlm.data.packing import PackLimits
@@ -27,6 +28,7 @@ from megavlm.data.token_counts import add_token_counts
 from megavlm.data.tokenizer import Tokenizer
 from megavlm.data.toy_world.samples import toy_samples
 from megavlm.data.toy_world.world import SampleKind, ToyWorld
+from megavlm.errors import DataError
 from megavlm.tiles import GridConfig
 from megavlm.train.work import work_of_plan
 
@@ -212,3 +214,40 @@ def test_a_full_ledger_names_every_sample(data: Path, tmp_path: Path, is_full: b
     columns = (expected.source, expected.index, expected.epoch)
     everything = {(names[int(s)], int(i), int(e)) for s, i, e in zip(*columns, strict=True)}
     assert told == (everything if is_full else set())
+
+
+def test_a_full_disk_costs_the_ledger_nothing(data: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    loader = loader_of(data)
+    places, names = np.arange(loader.config.samples_per_step), [source.name for source in loader.sources]
+    writer = LedgerWriter(tmp_path, 0, {"data": loader.config.to_dict(), "seed": 5}, 0)
+    path = tmp_path / "rank-00000.jsonl"
+    writer.write(loader.step(0), places, [], names)
+    size = path.stat().st_size
+    with largest_file(size + 10):
+        for step in (1, 2):
+            writer.write(loader.step(step), places, [], names)
+    assert path.stat().st_size == size
+    writer.write(loader.step(3), places, [], names)
+    assert [json.loads(text)["step"] for text in path.read_text().splitlines()] == [0, 1, 2, 3]
+    with largest_file(path.stat().st_size):
+        writer.write(loader.step(4), places, [], names)
+        writer.close()
+    assert [record.getMessage() for record in caplog.records] == [
+        f"{path} cannot be written (File too large); its lines are kept until it can",
+        f"{path} is written again; it lacks nothing",
+        f"{path} cannot be written (File too large); its lines are kept until it can",
+        f"{path} lacks its last 1 lines, for which there was no room",
+    ]
+
+
+def test_a_data_set_that_has_grown_is_another_order(data: Path, tmp_path: Path) -> None:
+    settings = {"data": config_of(data).to_dict(), "seed": 5, SIZES: dict(SOURCES)}
+    LedgerWriter(tmp_path, 0, settings, 0).close()
+    LedgerWriter(tmp_path, 0, settings, 0).close()
+    assert order_of_ledger(tmp_path).steps
+    grown = {**settings, SIZES: {**SOURCES, "text": 21}}
+    with pytest.raises(DataError, match="in which text had 20 samples, so its order.*it has 21 now"):
+        LedgerWriter(tmp_path, 0, grown, 0)
+    (tmp_path / "data.json").write_text(json.dumps(grown))
+    with pytest.raises(DataError, match="in which text had 21 samples, and it has 20 now"):
+        order_of_ledger(tmp_path)

@@ -11,6 +11,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from megavlm.data.files import append_whole, open_to_append
 from megavlm.errors import ConfigError
 from megavlm.log import get_logger
 from megavlm.train.callbacks.metrics import Sink
@@ -36,7 +37,7 @@ class JsonLines(Sink):
     def open(self, start: RunStart) -> None:
         self._path.parent.mkdir(parents=True, exist_ok=True)
         forget_from(self._path, start.first_iteration)
-        self._file = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+        self._file = open_to_append(self._path)
         self._write("start", start.first_iteration - 1, {"name": start.run.name, "processes": start.groups.world_size})
 
     def steps(self, logged: LoggedSteps) -> None:
@@ -75,13 +76,9 @@ class JsonLines(Sink):
     def _write(self, kind: str, iteration: int, fields: Mapping[str, Any]) -> None:
         assert self._file is not None
         entry = _finite({"kind": kind, "iteration": iteration, "time": time.time(), **fields})
-        line = json.dumps(entry, allow_nan=False).encode() + b"\n"
-        size = os.fstat(self._file).st_size
         try:
-            while line:
-                line = line[os.write(self._file, line) :]
+            append_whole(self._file, json.dumps(entry, allow_nan=False).encode() + b"\n")
         except OSError as error:
-            os.ftruncate(self._file, size)
             if self._lost == 0:
                 logger.warning("%s cannot be written (%s); training goes on without", self._path, error.strerror)
             self._lost += 1
