@@ -207,6 +207,8 @@ class _Ours:
             blocked = self._manager.save(self.state, step)
             self._manager.finish(self.state)
             saved = perf_counter() - began
+        if blocked is None:
+            raise NoRowError("checkpoint: a save failed, as said above")
         before = _wiped(self.state)
         place = shelf.checkpoint_path(self.folder, step)
         _forget(place)

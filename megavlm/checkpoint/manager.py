@@ -82,6 +82,7 @@ class _Pending:
         try:
             self.written = write_shards(self.plan, folder, rank)
         except OSError as error:
+            error.filename = error.filename or str(folder)  # writing to an open file names none
             self.failure = error
         except Exception as error:  # in a thread nobody else would hear of it
             self.failure = OSError(f"{type(error).__name__}: {error}")
@@ -122,10 +123,11 @@ class CheckpointManager:
                 shelf.clear_leftovers(self.folder)
         self._is_open = True
 
-    def save(self, state: TrainState, step: int) -> float:
-        """Save the state behind this step; return for how many milliseconds training stood still.
+    def save(self, state: TrainState, step: int) -> float | None:
+        """Save the state behind this step; return for how many milliseconds training stood still, None if it failed.
 
-        A failure is logged; `max_save_failures` of them in a row raise.
+        A failure is logged, that of a save in the background when it is concluded; `max_save_failures` of them in a row
+        raise.
         """
         began = time.perf_counter()
         self.finish(state)
@@ -135,7 +137,7 @@ class CheckpointManager:
             pending = _Pending(step, taken, plan_checkpoint(state, snapshot=self._async_save))
         except MegavlmError as error:
             self._failed(step, error)
-            return _milliseconds_since(began)
+            return None
         self._pending = pending
         staging = staging_path(shelf.checkpoint_path(self.folder, step))
         if self._async_save:
@@ -143,7 +145,8 @@ class CheckpointManager:
             pending.thread.start()
         else:
             pending.write(staging, state.groups.rank)
-            self._conclude(state)
+            if not self._conclude(state):
+                return None
         blocked = _milliseconds_since(began)
         logger.info("checkpoint of step %d: training stood still for %.0f ms", step, blocked)
         return blocked
@@ -179,8 +182,9 @@ class CheckpointManager:
             if state.groups.rank == 0:
                 open_staging(shelf.checkpoint_path(self.folder, step), overwrite=True)
 
-    def _conclude(self, state: TrainState) -> None:
-        """With all shards written: the lists, the seal, the name, the pointer; then old checkpoints go."""
+    def _conclude(self, state: TrainState) -> bool:
+        """With all shards written: the lists, the seal, the name, the pointer; then old checkpoints go. Whether it is
+        done, which a full disk may prevent."""
         pending, self._pending = self._pending, None
         assert pending is not None
         if pending.thread is not None:
@@ -197,10 +201,11 @@ class CheckpointManager:
                     self._commit(state, pending, [part for part in parts if part is not None], path)
         except MegavlmError as error:
             self._failed(pending.step, error)
-            return
+            return False
         self._failures = 0
         self.last_saved = pending.step
         logger.info("saved checkpoint %s", path)
+        return True
 
     def _commit(self, state: TrainState, pending: _Pending, parts: list[Written], path: Path) -> None:
         staging = staging_path(path)

@@ -4,28 +4,51 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 
 from torch import nn
 
+from megavlm.checkpoint.atomic import replace_file
+from megavlm.log import get_logger
+from megavlm.parallel.agree import said_by_first
 from megavlm.parallel.schedule import GlobalLoss, forward_loss
 from megavlm.train.feed import FedStep, held_out
 from megavlm.train.step import Sources, named_losses, token_groups
 from megavlm.train.stopping import Stopping
 from megavlm.train.training import Training
 
+logger = get_logger(__name__)
+
+EVALUATED_FILE = "latest_evaluated_iteration.txt"
+
 
 class Evaluation:
-    """Reads the same global batches each time; nothing where the run's settings ask for none."""
+    """Reads the same global batches each time; nothing where the run's settings ask for none.
+
+    A file beside the checkpoints says what was evaluated last, so that a run which was stopped ahead of an evaluation
+    makes it up when it goes on.
+    """
 
     def __init__(self, training: Training, stopping: Stopping) -> None:
         self._training, self._stopping = training, stopping
         self._settings = training.run.train
         self._batches = held_out(training.run, training.model, training.groups)
+        folder = training.run.checkpoint.save_to
+        self._mark = None if folder is None else Path(folder) / EVALUATED_FILE
+
+    def lacks(self, iteration: int) -> bool:
+        """Whether the run has come to this step and saved it without the evaluation that is due there; a collective."""
+        if self._mark is None or iteration == 0 or not self._is_due(iteration):
+            return False
+        return said_by_first(_number_in(self._mark) != iteration)
+
+    def _is_due(self, iteration: int) -> bool:
+        interval = self._settings.eval_interval
+        return interval is not None and (iteration % interval == 0 or iteration >= self._settings.train_iters)
 
     def after_step(self, iteration: int) -> tuple[Mapping[str, float] | None, str | None]:
         """(the losses, if it is time; why the run is to stop, if it was asked to meanwhile: then without losses)."""
-        interval = self._settings.eval_interval
-        if interval is None or (iteration % interval and iteration < self._settings.train_iters):
+        if not self._is_due(iteration):
             return None, None
         found = MeanLosses()
         with evaluating(self._training.chunks):
@@ -34,11 +57,28 @@ class Evaluation:
                 stopped = self._stopping.agreed()
                 if stopped:
                     return None, stopped
+        self._note(iteration)
         return found.means(), None
+
+    def _note(self, iteration: int) -> None:
+        if self._mark is None or self._training.groups.rank != 0:
+            return
+        try:
+            self._mark.parent.mkdir(parents=True, exist_ok=True)
+            replace_file(self._mark, f"{iteration}\n".encode())
+        except OSError as error:
+            logger.warning("%s cannot be written (%s): a restart would evaluate again", self._mark, error.strerror)
 
     def _loss(self, step: FedStep) -> GlobalLoss:
         training, apart = self._training, token_groups(step.sources)
         return forward_loss(training.chunks, step.batches, training.groups, training.model.inputs, apart)
+
+
+def _number_in(file: Path) -> int | None:
+    try:
+        return int(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
 
 
 class MeanLosses:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from megavlm import ranges
 from megavlm.build.model import Model
 from megavlm.build.run_config import RunConfig
-from megavlm.errors import DivergedError
+from megavlm.errors import MegavlmError
 from megavlm.log import get_logger
 from megavlm.parallel.groups import Groups
 from megavlm.parallel.wrap import gather_parameters
@@ -49,6 +49,8 @@ def train(run: RunConfig, groups: Groups) -> Outcome:
         chain.start(RunStart(run=run, groups=groups, model=training.model, first_iteration=done + 1))
         evaluation = Evaluation(training, stopping)
         progress, finite = Progress(run), FiniteCheck(run.train, groups)
+        if not stopped and evaluation.lacks(done):
+            stopped = _evaluate(evaluation, chain, done)
         for waited, step in timed(feed(run, training.model, groups, done)) if not stopped else ():
             iteration = step.iteration
             chain.before_step(iteration)
@@ -59,29 +61,36 @@ def train(run: RunConfig, groups: Groups) -> Outcome:
             blocked = training.checkpointing.after_step(iteration)
             if blocked is not None:
                 chain.saved(iteration, blocked)
-            stopped = stopping.reason(result.stop, iteration)
+            stopped = stopping.reason(result.stop)
             if not stopped:
-                losses, stopped = evaluation.after_step(iteration)
-                if losses is not None:
-                    chain.evaluated(iteration, losses)
+                stopped = _evaluate(evaluation, chain, iteration) or stopping.behind(iteration)
             if stopped:
                 break
             progress.next_step()
         blocked = training.checkpointing.finish(iteration) if iteration > done or not stopped else None
         if blocked is not None:
             chain.saved(iteration, blocked)
-    except DivergedError:
-        training.checkpointing.wait()
+    except MegavlmError as error:
+        if error.printed_by_rank is not None:  # all ranks have met it
+            training.checkpointing.wait()
         raise
     finally:
         chain.end(iteration)
     gather_parameters(training.chunks)
     if iteration > done:
         training.checkpointing.check_frozen()
-    if iteration >= run.train.train_iters:
+    if iteration >= run.train.train_iters and not evaluation.lacks(iteration):
         return Outcome(training.model, iteration, None)
     logger.info("stopped behind step %d of %d: %s", iteration, run.train.train_iters, stopped)
     return Outcome(training.model, iteration, stopped)
+
+
+def _evaluate(evaluation: Evaluation, chain: Chain, iteration: int) -> str | None:
+    """If it is time; why the run is to stop, if it was asked to meanwhile."""
+    losses, stopped = evaluation.after_step(iteration)
+    if losses is not None:
+        chain.evaluated(iteration, losses)
+    return stopped
 
 
 def timed(steps: Iterator[FedStep]) -> Iterator[tuple[float, FedStep]]:

@@ -37,13 +37,17 @@ class Stopping:
         dist.all_reduce(wanted, op=dist.ReduceOp.MAX)
         return self.reason(int(wanted))
 
-    def reason(self, agreed: int, iteration: int | None = None) -> str | None:
-        """What the ranks agreed on, in words; behind a step also what follows from its number."""
+    def reason(self, agreed: int) -> str | None:
+        """What the ranks agreed on, in words: the run is to end as soon as it can."""
         if agreed == _TIME_IS_OVER:
             return f"--exit-duration-in-mins {self._settings.exit_duration_in_mins:g}"
         if agreed:
             return signal.Signals(agreed).name
+        return None
+
+    def behind(self, iteration: int) -> str | None:
+        """Why the run ends behind this step, when all that is due there is done."""
         interval = self._settings.exit_interval
-        if iteration is not None and interval is not None and iteration % interval == 0:
+        if interval is not None and iteration % interval == 0:
             return f"--exit-interval {interval}"
         return None

@@ -24,7 +24,10 @@ from megavlm.errors import CheckpointError
 from megavlm.parallel import groups as process_groups
 from megavlm.recipes import recipe
 from megavlm.testing import RankFailed, assert_losses_close, spawn
+from megavlm.train import loop
+from megavlm.train.callbacks.base import Callback
 from megavlm.train.loop import train
+from megavlm.train.report import StepReport
 
 STEPS = 8
 
@@ -102,22 +105,38 @@ def test_nothing_to_load_is_an_error(tmp_path: Path) -> None:
     assert isinstance(failure.value.error, CheckpointError)
 
 
-def train_without_room(run: RunConfig) -> None:
-    resource.setrlimit(resource.RLIMIT_FSIZE, (100, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return prepare_text(tmp_path_factory.mktemp("world"))
+
+
+class Fills(Callback):
+    """The disk is full behind step 3."""
+
+    def after_step(self, report: StepReport) -> None:
+        if report.iteration == 3:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (100, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
+
+
+def train_until_full(run: RunConfig) -> None:
+    usual = loop.build_callbacks
+    loop.build_callbacks = lambda run, groups: [*usual(run, groups), Fills()]
     train_once(run)
 
 
 @pytest.mark.parametrize(
-    ("failures", "message"), [(3, "3 checkpoints in a row could not be saved"), (9, "the last step, 8, is not saved")]
+    ("failures", "message"), [(2, "2 checkpoints in a row could not be saved"), (9, "the last step, 7, is not saved")]
 )
-def test_a_run_without_room_ends_in_an_error(failures: int, message: str, tmp_path: Path) -> None:
-    with pytest.raises(RankFailed, match=message):
-        spawn(train_without_room, 1, run_with(tmp_path / "full", max_save_failures=failures))
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return prepare_text(tmp_path_factory.mktemp("world"))
+def test_a_disk_that_is_full_stops_no_step(failures: int, message: str, world: Path, tmp_path: Path) -> None:
+    """Neither ledger nor log do, and saves only when that many have failed; what fails is not told as saved."""
+    log = tmp_path / "log.jsonl"
+    options = ["--log-json", str(log), "--log-interval", "1", "--max-save-failures", str(failures)]
+    with pytest.raises(RankFailed, match=message) as failed:
+        spawn(train_until_full, 1, text_run(world, tmp_path / "save", 7, *options))
+    assert isinstance(failed.value.error, CheckpointError) and str(tmp_path / "save") in str(failed.value.error)
+    assert steps_saved(tmp_path / "save") == [2]
+    lines = [json.loads(line) for line in log.read_text().splitlines()]
+    assert [line["iteration"] for line in lines if line["kind"] == "save"] == [2]
 
 
 def kill_then_end(runs: list[RunConfig], draw: random.Random) -> None:

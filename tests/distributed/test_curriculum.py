@@ -190,6 +190,23 @@ def test_what_is_on_disk_decides(world: Path, whole: Path, tmp_path: Path) -> No
     assert placed(runs)[0] == ("to do", hf)
 
 
+def test_what_is_damaged_is_passed_over_where_that_is_asked(world: Path, whole: Path, tmp_path: Path) -> None:
+    shutil.copytree(whole, tmp_path / "save")
+    runs = runs_of(world, tmp_path / "save")
+    tolerant = {
+        name: run.replace(checkpoint=run.checkpoint.replace(load_previous_if_damaged=True))
+        for name, run in runs.items()
+    }
+    shutil.rmtree(tmp_path / "save" / "finetune" / "iter_0000003")  # the pointer says 3
+    with pytest.raises(CheckpointError, match="there is no iter_0000003.*or use --load-previous-if-damaged"):
+        placed(runs)
+    assert placed(tolerant)[2] == ("at step 2", "multitask, step 3")
+    (tmp_path / "save" / "finetune" / "iter_0000002" / "run.json").unlink()
+    assert placed(tolerant)[2] == ("at step 2", "multitask, step 3")
+    (tmp_path / "save" / "finetune" / "iter_0000001" / "run.json").write_text("{")
+    assert placed(tolerant)[2] == ("at step 2", "multitask, step 3")
+
+
 def test_mistakes_are_refused_before_anything_is_trained(world: Path, whole: Path, tmp_path: Path) -> None:
     save = tmp_path / "save"
     shutil.copytree(whole, save)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import json
 import os
 import signal
 import subprocess
@@ -36,7 +37,15 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def command(world: Path, save: Path, *more: str) -> list[str]:
     """With evaluations behind step 4 and at the end."""
     held_out = ["--valid-data-path", str(world / "data"), "--eval-interval", "4", "--eval-iters", "2"]
-    return ["train", "decoder-tiny", *text_options(world, save, STEPS), *held_out, *more]
+    log = ["--log-json", str(save.with_suffix(".jsonl"))]
+    return ["train", "decoder-tiny", *text_options(world, save, STEPS), *held_out, *log, *more]
+
+
+def evaluated(save: Path) -> dict[int, float]:
+    lines = map(json.loads, save.with_suffix(".jsonl").read_text().splitlines())
+    found = [(line["iteration"], line["losses"]["lm loss"]) for line in lines if line["kind"] == "evaluation"]
+    assert len(dict(found)) == len(found), "once each"
+    return dict(found)
 
 
 def run_command(arguments: list[str], moment: str = "", number: int = 0, times: int = 1) -> int:
@@ -90,11 +99,16 @@ def whole(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("save", signal.SIGTERM, (), [2, 3]),
         ("save", signal.SIGTERM, ("--async-save",), [2, 3]),
         ("evaluation", signal.SIGINT, (), [2, 4]),
+        ("evaluation", signal.SIGINT, ("--eval-interval", "6"), [2, 4, 6]),
         ("", 0, ("--exit-interval", "3"), [2, 3]),
+        ("", 0, ("--exit-interval", "4"), [2, 4]),
         ("", 0, ("--exit-duration-in-mins", "1e-6"), []),
         ("clock", 0, ("--exit-duration-in-mins", "60"), [2, 3]),
     ],
-    ids=["start-up", "step", "save", "save in the background", "evaluation", "interval", "no time", "time"],
+    ids=[
+        *("start-up", "step", "save", "save in the background", "evaluation", "last evaluation"),
+        *("interval", "interval of evaluations", "no time", "time"),
+    ],
 )
 def test_a_stopped_run_goes_on_as_if_nothing_had_been(
     moment: str, number: int, more: tuple[str, ...], saved: list[int], world: Path, whole: Path, tmp_path: Path
@@ -105,6 +119,9 @@ def test_a_stopped_run_goes_on_as_if_nothing_had_been(
     assert steps_saved(save) == saved
     assert spawn(run_command, 2, command(world, save), timeout=300) == [0, 0]
     assert_same_end(whole, save, STEPS)
+    expected = evaluated(whole)
+    # One that ended its last step goes on with what its settings are now: no step, and the evaluation at the end.
+    assert evaluated(save) == ({STEPS: expected[STEPS]} if saved[-1:] == [STEPS] else expected)
 
 
 def test_the_second_interrupt_ends_at_once(world: Path, tmp_path: Path) -> None:
