@@ -5,7 +5,6 @@
 #   NNODES, NODE_RANK  how many nodes there are (1), and which of them this is; start the script on each
 #   MASTER_ADDR        name of the first node, and a port there that is free (29500)
 #   MASTER_PORT
-#   RUN_ID             the same word on all nodes of a run
 #   SHUTDOWN_TIMEOUT   seconds for which a run that is asked to stop may save before it is killed (600)
 #   PYTHON             the interpreter: that of torchrun on the path, else that of the repository's .venv
 # shellcheck shell=bash

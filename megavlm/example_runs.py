@@ -15,10 +15,10 @@ from megavlm import commands
 from megavlm.build.data_check import refuse_absent
 from megavlm.build.from_checkpoint import run_from_checkpoint
 from megavlm.build.run_config import RunConfig
-from megavlm.checkpoint.shelf import steps_saved
+from megavlm.checkpoint.shelf import latest_step, steps_saved
 from megavlm.config import nearest
 from megavlm.curriculum.options import chosen_stages, parse_stage_options
-from megavlm.errors import ConfigError, MegavlmError
+from megavlm.errors import CheckpointError, ConfigError, MegavlmError
 from megavlm.options import parse_options, take_options
 from megavlm.parallel.groups import world_from_environment
 from megavlm.platform import machine
@@ -77,7 +77,7 @@ def train_command(family: str, stage: str | None, arguments: Sequence[str], is_f
     if not _names_weights(words):
         before = _checkpoint_before(model, stage)
         if before is not None:
-            command = [*_without(command, "--load-hf"), "--pretrained-checkpoint", str(before), *_tokenizer(before)]
+            command = [*_without(command, "--load-hf"), *_handed_over(before)]
         elif "--tiny" not in own:
             problem = "is missing: the parts that are frozen at first have to be trained ones"
             raise ConfigError("--load-hf", None, problem, "make a folder of them with `megavlm import-hf`, and name it")
@@ -117,9 +117,15 @@ def _checkpoint_before(model: str, stage: str | None) -> Path | None:
     return folder if steps_saved(folder) else None
 
 
-def _tokenizer(checkpoint: Path) -> list[str]:
-    _, folder = run_from_checkpoint(checkpoint)
-    return [] if folder is None else ["--tokenizer", folder]
+def _handed_over(checkpoint: Path) -> list[str]:
+    """The options that start from another stage's end."""
+    run, tokenizer = run_from_checkpoint(checkpoint)
+    step = latest_step(checkpoint)
+    if step is not None and step < run.train.train_iters:
+        problem = f"has come to step {step} of {run.train.train_iters}, and this stage starts from its end"
+        remedy = f"finish it, or start from it as it is with --pretrained-checkpoint {checkpoint}"
+        raise CheckpointError("the stage before this one", str(checkpoint), problem, remedy)
+    return ["--pretrained-checkpoint", str(checkpoint), *([] if tokenizer is None else ["--tokenizer", tokenizer])]
 
 
 def _names_weights(words: Sequence[str]) -> bool:

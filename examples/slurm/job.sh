@@ -28,7 +28,9 @@ export TORCH_NCCL_AVOID_RECORD_STREAMS=${TORCH_NCCL_AVOID_RECORD_STREAMS:-1}
 # In-network reduction needs switches with SHARP and otherwise only warns.
 export NCCL_COLLNET_ENABLE=${NCCL_COLLNET_ENABLE:-0}
 # Threads: each process gets 8 for the decoding of pictures (launch.sh); the rest of --cpus-per-task goes to the data
-# loader's own threads (--num-workers) and to NCCL's.
+# loader's own threads (--num-workers) and to NCCL's. Since Slurm 22.05 srun takes no number from sbatch by itself, and
+# a task of one CPU would hold all processes of its node.
+export SRUN_CPUS_PER_TASK=${SRUN_CPUS_PER_TASK:-${SLURM_CPUS_PER_TASK:-1}}
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-8}
 # Fragments of freed memory are given back to other sizes: rows of many tiles come and go.
 export PYTORCH_CUDA_ALLOC_CONF=${PYTORCH_CUDA_ALLOC_CONF:-expandable_segments:True}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -104,11 +105,16 @@ def _log_of(name: str, log: LogConfig) -> LogConfig:
 def _steps_done(run: RunConfig) -> int:
     """Of the latest checkpoint. One that ends its stage has to be whole, by its files' names and sizes at least."""
     folder = Path(run.checkpoint.save_to or "")
-    step = shelf.latest_step(folder) or 0
+    tolerant = run.checkpoint.load_previous_if_damaged
+    try:
+        step = shelf.latest_step(folder) or 0
+    except CheckpointError:
+        if not tolerant:
+            raise
+        step = max(shelf.steps_saved(folder), default=0)
     if step < run.train.train_iters:
         return step
     path = shelf.checkpoint_path(folder, step)
-    tolerant = run.checkpoint.load_previous_if_damaged
     try:
         files = read_seal(path)
         for name, entry in files.items() if tolerant else ():
@@ -157,13 +163,26 @@ def _refuse_other_origin(run: RunConfig, step: int, before: str, path: Path) -> 
     if step == 0:
         return
     folder = Path(run.checkpoint.save_to or "")
-    settings: Any = shelf.read_run(shelf.checkpoint_path(folder, step)).get("run")
+    record = _record(folder, step, tolerant=run.checkpoint.load_previous_if_damaged)
+    if record is None:
+        return  # none can be read, which loading is going to say
+    settings: Any = record.get("run")
     weights = settings.get("weights") if isinstance(settings, dict) else None
     origin = weights.get("pretrained_checkpoint") if isinstance(weights, dict) else None
     if not isinstance(origin, str) or Path(origin).name != path.name:
         problem = f"is what its checkpoints started from, and {before} now ends with {path.name}"
         remedy = f"move {folder} away to train the stage again, or take the steps that {before} had"
         raise CheckpointError("weights.pretrained_checkpoint", origin, problem, remedy)
+
+
+def _record(folder: Path, step: int, tolerant: bool) -> dict[str, Any] | None:
+    """What the checkpoint of this step says of its run, or the latest before it that can be read."""
+    if not tolerant:
+        return shelf.read_run(shelf.checkpoint_path(folder, step))
+    for one in reversed([saved for saved in shelf.steps_saved(folder) if saved <= step]):
+        with contextlib.suppress(OSError, CheckpointError):
+            return shelf.read_run(shelf.checkpoint_path(folder, one))
+    return None
 
 
 def _check(stage: Stage, previous: tuple[str, RunConfig, int] | None, world_size: int) -> None:

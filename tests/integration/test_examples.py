@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from megavlm.checkpoint.shelf import steps_saved
-from megavlm.errors import ConfigError, DataError
+from megavlm.errors import CheckpointError, ConfigError, DataError
 from megavlm.example_runs import train_command
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
@@ -109,7 +109,7 @@ def test_a_mistake_ends_in_one_line_and_exit_code_2(tmp_path: Path) -> None:
     assert "Traceback" not in done.stderr
 
 
-def test_every_script_trains_a_toy(tmp_path: Path) -> None:
+def test_every_script_trains_a_toy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two ways of starting them; the stages of InfiMM go on from one another."""
     small = ["--tiny", "--train-iters", "1", "--log-interval", "1"]
     chain = [
@@ -122,6 +122,14 @@ def test_every_script_trains_a_toy(tmp_path: Path) -> None:
         assert done.returncode == 0, done.stderr
         assert words in done.stdout
         assert steps_saved(tmp_path / "runs" / "infimm-tiny" / script.partition("_")[0]) == [1]
+    record = tmp_path / "runs" / "infimm-tiny" / "pretrain" / "iter_0000001" / "run.json"
+    record.write_text(record.read_text().replace('"train_iters": 1', '"train_iters": 3'))
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(CheckpointError, match="has come to step 1 of 3.*with --pretrained-checkpoint runs/infimm-tiny"):
+        train_command("infimm", "multitask", ["--tiny"], is_first=False)
+    own = ["--tiny", "--pretrained-checkpoint", "runs/infimm-tiny/pretrain"]
+    assert train_command("infimm", "multitask", own, is_first=False)[-2:] == own[1:]
+
     done = start("train_aquila_vl.sh", *small, "--stages", "1,2a", by="torchrun", folder=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "stage  steps  state  starts from" in done.stdout

@@ -69,10 +69,10 @@ CRASHES_WHEN_ASKED = """
 import os
 from megavlm.train.stopping import Stopping
 reason = Stopping.reason
-def crashes(self, agreed, iteration=None):
+def crashes(self, agreed):
     if agreed:
         os.abort()
-    return reason(self, agreed, iteration)
+    return reason(self, agreed)
 Stopping.reason = crashes
 """
 
@@ -128,6 +128,24 @@ def test_a_job_with_a_mistake_fails_once(cluster: Cluster, tmp_path: Path) -> No
     state = cluster.state(job)
     assert (state["ExitCode"], state["Restarts"]) == ("2:0", "0")
     assert "did you mean --save-interval" in log.read_text()
+
+
+SAYS_WHAT_IT_HAS = """
+set -- {folder}/say.sh
+source {examples}/slurm/job.sh
+"""
+
+
+def test_the_processes_of_a_node_get_all_of_its_cpus(cluster: Cluster, tmp_path: Path) -> None:
+    """`srun` alone would give each node's launcher one."""
+    (tmp_path / "say.sh").write_text('scontrol --oneliner show step "$SLURM_JOB_ID.$SLURM_STEP_ID"\n')
+    script, log = tmp_path / "job.sbatch", tmp_path / "job.log"
+    script.write_text("#!/bin/bash\n" + SAYS_WHAT_IT_HAS.format(folder=tmp_path, examples=ROOT / "examples"))
+    asked = ["--nodes=2", "--ntasks-per-node=1", "--cpus-per-task=2", "--mem=100", f"--output={log}"]
+    job = cluster.call("sbatch", "--parsable", *asked, f"--chdir={tmp_path}", str(script), MEGAVLM=str(tmp_path))
+    wait_for("COMPLETED", cluster, log, job)
+    said = dict(word.split("=", 1) for word in log.read_text().split() if "=" in word)
+    assert (said["Nodes"], said["Tasks"], said["CPUs"]) == ("2", "2", "4")
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
