@@ -37,7 +37,7 @@ bench: $(STAMP)  ## measure this machine, as one table
 	PYTHONWARNINGS=ignore $(VENV)/bin/megavlm bench
 
 quickstart: $(STAMP)  ## train the toy model, end to end (FAMILY=aquila-vl: the other one)
-	$(VENV)/bin/python tools/quickstart.py $(if $(FAMILY),--family $(FAMILY))
+	PYTHONWARNINGS=ignore $(VENV)/bin/python tools/quickstart.py $(if $(FAMILY),--family $(FAMILY))
 
 clean:  ## remove .venv and all caches
 	rm -rf $(VENV) *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -80,7 +80,7 @@ def train_model(model: str, folder: Path, seed: int, options: Sequence[str] = ()
         assert process.stdout is not None
         for line in process.stdout:
             said.append(line)
-            if "iteration" in line:
+            if " iteration " in line:
                 print(line, end="", flush=True)
     if process.returncode:
         print("".join(said), file=sys.stderr)
