@@ -17,8 +17,9 @@ from megavlm.data.tokenizer import Tokenizer
 from megavlm.parallel import groups as process_groups
 from megavlm.plan import trace as tracing
 from megavlm.plan.mix import _prepared_steps
-from megavlm.plan.profile import OpCost
+from megavlm.plan.profile import OpCost, StageProfile
 from megavlm.plan.rows import PlannedDocument, PlannedRow, batch_of
+from megavlm.plan.stage import profile_run
 from megavlm.plan.trace import own_pictures, trace_microbatch, trace_step, traced_rank
 from megavlm.recipes import recipe
 from megavlm.testing import spawn
@@ -94,6 +95,30 @@ def test_a_layer_of_each_kind_stands_for_all(recompute: dict[str, Any]) -> None:
     assert few_costs.keys() == all_costs.keys()
     for name, values in all_costs.items():
         assert few_costs[name] == pytest.approx(values, rel=2e-3), name
+
+
+def stages_of_aquila_vl(layouts: list[str]) -> list[list[StageProfile]]:
+    run = recipe("aquila-vl-2b/2a")
+    assert run.aquila_vl is not None
+    picture = plan_image(640, 480, "image", run.aquila_vl.grid)
+    row = PlannedRow((PlannedDocument(60 + picture.tokens, (picture,)),), 64 + picture.tokens)
+    found = []
+    for layout in layouts:
+        parallel = run.parallel.replace(pipeline_model_parallel_size=2, pipeline_model_parallel_layout=layout)
+        found.append(profile_run(run.replace(parallel=parallel), 2, 4, {"mean": row, "worst": row}))
+    return found
+
+
+def test_the_tower_may_have_a_chunk_of_its_own() -> None:
+    """As the split by cost gives it where pictures are many."""
+    layouts = ["E|" + 28 * "t" + "L", "Et|" + 27 * "t" + "L"]
+    (((alone, behind), (front, rest)),) = spawn(stages_of_aquila_vl, 1, layouts, timeout=600)
+    assert (alone.layers, behind.layers) == (0, 28)
+    assert "tower forward" in flops(alone.mean.costs) and "decoder forward" not in flops(alone.mean.costs)
+    # One layer less in front is one more behind: what both stages hold and compute stays the same.
+    assert alone.parameters + behind.parameters == front.parameters + rest.parameters
+    assert flops((*alone.mean.costs, *behind.mean.costs)) == flops((*front.mean.costs, *rest.mean.costs))
+    assert 0 < alone.mean.activation_per_microbatch < front.mean.activation_per_microbatch
 
 
 def shapes(batch: Any) -> dict[str, Any]:
