@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
+from megavlm.build.model import with_layout
 from megavlm.build.run_config import RunConfig, check_for_world
 from megavlm.plan.choice import Choice
 from megavlm.plan.cluster import Cluster
@@ -60,7 +61,7 @@ def timed(
     return step_time(
         profiles,
         cluster,
-        run.parallel,
+        with_layout(run).parallel,
         microbatches,
         rate_of(run, cluster, efficiency),
         data_parallel=run.data_parallel,

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
+from megavlm.build.model import with_layout
 from megavlm.build.run_config import RunConfig
 from megavlm.plan.cluster import Cluster
 from megavlm.plan.evaluation import Evaluation
@@ -114,7 +115,7 @@ def _again(run: RunConfig, known: Evaluation, cluster: Cluster, rate: Rate, imag
     fill = rows / (microbatches * copies)
     shards = before / copies if run.data_parallel.use_distributed_optimizer else 1.0
     profiles = tuple(_profile(profile, fill, shards) for profile in known.profiles)
-    parallel = choice.apply(run).parallel
+    parallel = with_layout(choice.apply(run)).parallel
     step = step_time(
         profiles,
         cluster,

@@ -2,14 +2,25 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from plan_profiles import FLOPS_PER_SECOND, MadeModel, evaluated, parallel_of, rate
 
+from megavlm.build.model import with_layout
 from megavlm.build.run_config import DataParallelConfig
+from megavlm.parallel.layout import layers_of_chunks
 from megavlm.plan.choice import Choice
 from megavlm.plan.cluster import GIB, parse_cluster
+from megavlm.plan.cost import CALIBRATION, Calibration
+from megavlm.plan.judge import rate_of
+from megavlm.plan.judge import timed as judge_time
+from megavlm.plan.mix import Mix
+from megavlm.plan.rows import PlannedDocument, PlannedRow
+from megavlm.plan.scale import scale
 from megavlm.plan.step import SPLIT, StepTime, drawn_images, step_time
+from megavlm.recipes import recipe
 
 CLUSTER = parse_cluster("4x8xH100")
 CHOICES = [
@@ -100,6 +111,26 @@ def test_uneven_images_make_the_step_longer_and_the_mean_does_not() -> None:
     assert drawn.seconds > mean.seconds and drawn.split["imbalance"] > 0
     worst = timed(model, choice, images=np.full((8, 1), 12.0))
     assert worst.pipeline.busy[0, 0] - mean.pipeline.busy[0, 0] == pytest.approx(8 * 8 * 2e11 / FLOPS_PER_SECOND)
+
+
+def test_the_cut_by_cost_is_followed_into_uneven_chunks() -> None:
+    choice = Choice(pipeline=4, chunks=2)
+    run = choice.apply(recipe("infimm-llama2-13b/pretrain"))
+    cut = with_layout(run)
+    layers = layers_of_chunks(cut.parallel, 40)
+    assert layers[0] != layers[4] and sum(layers[0::4]) == sum(layers[3::4])
+    row = PlannedRow((PlannedDocument(1000),), 1024)
+    mix = Mix(row, row, 64, 64_000.0, 0.0, (0,), ())
+    profiles = MadeModel(layers=40).profiles(choice, 8)
+    efficiency = Calibration.load(CALIBRATION).of(CLUSTER.chip.name)
+    by_cost, by_hand = (judge_time(one, CLUSTER, mix, profiles, efficiency) for one in (run, cut))
+    assert by_cost.seconds == by_hand.seconds
+    # With equal chunks the first microbatch would be through sooner.
+    even = step_time(profiles, CLUSTER, run.parallel, 8, rate_of(run, CLUSTER, efficiency))
+    assert by_cost.seconds > even.seconds
+    known = replace(evaluated(MadeModel(layers=40), choice, CLUSTER), step=by_cost, microbatches=8)
+    (point,) = scale(run, [known], rate_of(run, CLUSTER, efficiency), gpus=[32])
+    assert point.evaluation is not None and point.evaluation.seconds == pytest.approx(by_hand.seconds)
 
 
 def test_images_are_drawn_from_the_histogram_the_same_each_time() -> None:
