@@ -73,7 +73,7 @@ def test_data_that_a_stage_cannot_read_are_refused(tmp_path: Path) -> None:
 
 def test_a_run_that_does_not_fit_says_by_how_much(tmp_path: Path) -> None:
     cluster = tmp_path / "small.yaml"
-    chip = "{name: A100-40GB, bf16_tflops: 312, memory_gib: 0.1, memory_gb_s: 1555}"
+    chip = "{name: A100-40GB, bf16_tflops: 312, fp32_tflops: 19.5, memory_gib: 0.1, memory_gb_s: 1555}"
     inside = "inside: {gb_s: 300, latency_us: 3, small_latency_us: 1}"
     between = "between: {gb_s: 25, latency_us: 9, small_latency_us: 3}"
     cluster.write_text(f"nodes: 1\ngpus_per_node: 1\nchip: {chip}\n{inside}\n{between}\n")
