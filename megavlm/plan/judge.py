@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
+from megavlm.build.costs import part_costs
 from megavlm.build.model import with_layout
 from megavlm.build.run_config import RunConfig, check_for_world
 from megavlm.plan.choice import Choice
@@ -36,8 +37,8 @@ def judge(
         tokens=mix.tokens,
         images=mix.tiles,
         samples=run.samples_per_step,
-        flops=mix.rows * row_flops(profiles, run.parallel.tensor_model_parallel_size),
-        peak=cluster.chip.flops_per_second(run.precision.dtype == torch.float32),
+        flops=part_costs(run, mix.work).total,
+        peak=logged_peak(run, cluster),
     )
 
 
@@ -75,14 +76,13 @@ def rate_of(run: RunConfig, cluster: Cluster, efficiency: Efficiency) -> Rate:
     return seconds_of(peak, cluster.chip.bytes_per_second, efficiency)
 
 
-def row_flops(profiles: tuple[StageProfile, ...], tensor: int) -> float:
-    """Floating-point operations of a mean row over all ranks of one copy, without what is computed again."""
-    return tensor * sum(
-        cost.flops
-        for profile in profiles
-        for cost in profile.mean.costs
-        if cost.phase in ("forward", "backward") and cost.kind != "comm"
-    )
+def logged_peak(run: RunConfig, cluster: Cluster) -> float:
+    """What MFU is a share of: the bf16 peak whatever the run's format, as in training; on a chip that is faster in
+    float32, as CPUs are, that.
+    """
+    if run.log.peak_tflops:
+        return 1e12 * run.log.peak_tflops
+    return 1e12 * max(cluster.chip.bf16_tflops, cluster.chip.fp32_tflops or 0.0)
 
 
 def choice_of(run: RunConfig) -> Choice:

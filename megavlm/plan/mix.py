@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
+from megavlm.build.costs import Work, causal_work
 from megavlm.build.data_check import refuse_absent
 from megavlm.build.loader import build_words
 from megavlm.build.run_config import DataConfig, RunConfig
@@ -36,10 +37,19 @@ class Mix:
     """Of a step, without padding."""
     tiles: float
     """Images or tiles of a step."""
+    squared_lengths: float
+    """Of the samples of a step, summed up."""
+    seeing_tokens: float
+    """Of the samples of a step that have a picture."""
     tiles_of_rows: tuple[int, ...]
     """Of each row that was looked at."""
     assumptions: tuple[str, ...]
     """What was assumed of the data; empty where prepared data say it."""
+
+    @property
+    def work(self) -> Work:
+        """What passes through the model in a step, as training counts it of the same rows."""
+        return causal_work(self.tokens, self.squared_lengths, self.tiles, self.seeing_tokens)
 
 
 def mix_of(run: RunConfig, from_data: bool) -> Mix:
@@ -48,7 +58,8 @@ def mix_of(run: RunConfig, from_data: bool) -> Mix:
         row = PlannedRow((PlannedDocument(run.row_tokens),), run.row_tokens, run.train.micro_batch_size)
         rows = run.samples_per_step / run.train.micro_batch_size
         says = f"toy text: rows of {run.row_tokens} tokens"
-        return Mix(row, row, rows, rows * row.tokens, 0.0, (0,), (says,))
+        squares = run.samples_per_step * float(run.row_tokens) ** 2
+        return Mix(row, row, rows, rows * row.tokens, 0.0, squares, 0.0, (0,), (says,))
     if from_data:
         return _summary(_prepared_steps(run, run.data), ())
     return _summary([_assumed_step(run, run.data)], _assumptions(run.data))
@@ -56,6 +67,7 @@ def mix_of(run: RunConfig, from_data: bool) -> Mix:
 
 def _summary(steps: Sequence[Sequence[PlannedRow]], assumptions: tuple[str, ...]) -> Mix:
     rows = [row for step in steps for row in step if row.documents]
+    documents = [document for row in rows for document in row.documents]
     table = np.array([[row.length, row.tiles] for row in rows], dtype=float)
     off = np.abs(table - table.mean(0)) / np.maximum(table.mean(0), 1)
     longest, most = max(rows, key=lambda row: row.length), max(rows, key=lambda row: (row.tiles, row.length))
@@ -65,6 +77,8 @@ def _summary(steps: Sequence[Sequence[PlannedRow]], assumptions: tuple[str, ...]
         rows=len(rows) / len(steps),
         tokens=sum(row.tokens for row in rows) / len(steps),
         tiles=sum(row.tiles for row in rows) / len(steps),
+        squared_lengths=sum(one.tokens**2 for one in documents) / len(steps),
+        seeing_tokens=sum(one.tokens for one in documents if one.pictures) / len(steps),
         tiles_of_rows=tuple(row.tiles for row in rows),
         assumptions=assumptions,
     )

@@ -86,7 +86,8 @@ def assumptions(mix: Mix, efficiency: Efficiency) -> list[str]:
         f"kernels reach {efficiency.matmul:.0%} (products) and {efficiency.attention:.0%} (attention) of the peak, "
         f"{efficiency.memory:.0%} of the bandwidth; {efficiency.fused:.0%} of elementwise traffic is left by fusion",
         *_starts(efficiency),
-        "MFU counts products as executed: no weight gradients of frozen parts, causal attention by half",
+        "MFU is that of training's log: the model's own products as a share of the bf16 peak; nothing of padding and "
+        "recompute, no weight gradients of frozen parts, causal attention by half",
     ]
 
 

@@ -120,7 +120,7 @@ def test_the_cut_by_cost_is_followed_into_uneven_chunks() -> None:
     layers = layers_of_chunks(cut.parallel, 40)
     assert layers[0] != layers[4] and sum(layers[0::4]) == sum(layers[3::4])
     row = PlannedRow((PlannedDocument(1000),), 1024)
-    mix = Mix(row, row, 64, 64_000.0, 0.0, (0,), ())
+    mix = Mix(row, row, 64, 64_000.0, 0.0, 0.0, 0.0, (0,), ())
     profiles = MadeModel(layers=40).profiles(choice, 8)
     efficiency = Calibration.load(CALIBRATION).of(CLUSTER.chip.name)
     by_cost, by_hand = (judge_time(one, CLUSTER, mix, profiles, efficiency) for one in (run, cut))
