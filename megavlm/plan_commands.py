@@ -64,6 +64,7 @@ class _Planner:
 
     def run_of(self, stage: str, options: list[str]) -> RunConfig:
         run = parse_options(recipe(stage), options, prog=f"megavlm plan {stage}")
+        rate_of(run, self.cluster, self.efficiency)  # a number format that the chip lacks is no layout's fault
         if self.data is None:
             return run
         if run.data is None:
@@ -146,7 +147,7 @@ def plan(arguments: list[str]) -> int:
                 steps=run.train.train_iters,
                 search=found_layouts,
                 scale=points,
-                assumptions=assumptions(mix, efficiency),
+                assumptions=assumptions(run, mix, efficiency),
             )
         )
     if "--html" in own:

@@ -51,6 +51,8 @@ class Chip(Config):
     """The same in FP8; none: it has no FP8."""
     fp32_tflops: float | None = None
     """The same in float32 as torch computes it unless told otherwise, without TF32; none: it is not known."""
+    capability: tuple[int, ...] | None = None
+    """CUDA compute capability, such as [9, 0], which decides what a run in FP8 may ask for; none: it is not known."""
     memory_gib: float
     """GiB that CUDA reports in all: less than the name says, since the driver keeps some."""
     memory_gb_s: float
@@ -59,6 +61,8 @@ class Chip(Config):
     def check(self) -> None:
         for field in ("bf16_tflops", "memory_gib", "memory_gb_s"):
             require(getattr(self, field) > 0, self, field, "must be positive", "write what its data sheet says")
+        are_two = self.capability is None or len(self.capability) == 2
+        require(are_two, self, "capability", "is no compute capability", "write two numbers, such as [9, 0]")
         for field in ("fp8_tflops", "fp32_tflops"):
             value = getattr(self, field)
             require(value is None or value > 0, self, field, "must be positive", "leave it out")
@@ -257,11 +261,11 @@ class Board:
 
 
 def _a100(name: str, **memory: float) -> Chip:
-    return Chip(name=name, bf16_tflops=312, fp32_tflops=19.5, **memory)
+    return Chip(name=name, bf16_tflops=312, fp32_tflops=19.5, capability=(8, 0), **memory)
 
 
 def _hopper(name: str, **memory: float) -> Chip:
-    return Chip(name=name, bf16_tflops=989.5, fp8_tflops=1979, fp32_tflops=67, **memory)
+    return Chip(name=name, bf16_tflops=989.5, fp8_tflops=1979, fp32_tflops=67, capability=(9, 0), **memory)
 
 
 # Network: one ConnectX-6 of 200 Gbit/s a GPU (NVIDIA DGX A100 data sheet), one ConnectX-7 of 400 Gbit/s (NVIDIA DGX

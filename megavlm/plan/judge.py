@@ -15,6 +15,7 @@ from megavlm.plan.choice import Choice
 from megavlm.plan.cluster import Cluster
 from megavlm.plan.cost import Efficiency, seconds_of
 from megavlm.plan.evaluation import Evaluation
+from megavlm.plan.fp8 import fp8_products
 from megavlm.plan.mix import Mix
 from megavlm.plan.profile import StageProfile
 from megavlm.plan.stage import profile_run
@@ -71,9 +72,10 @@ def timed(
 
 
 def rate_of(run: RunConfig, cluster: Cluster, efficiency: Efficiency) -> Rate:
-    """Seconds of computing on the cluster's chip, in the run's number format."""
-    peak = cluster.chip.flops_per_second(run.precision.dtype == torch.float32)
-    return seconds_of(peak, cluster.chip.bytes_per_second, efficiency)
+    """Seconds of computing on the cluster's chip, in the run's number formats; refuses those that it lacks."""
+    chip = cluster.chip
+    peak = chip.flops_per_second(run.precision.dtype == torch.float32)
+    return seconds_of(peak, chip.bytes_per_second, efficiency, fp8_products(run, chip, efficiency))
 
 
 def logged_peak(run: RunConfig, cluster: Cluster) -> float:

@@ -25,7 +25,8 @@ Rows = Mapping[str, PlannedRow]
 
 def profile_run(run: RunConfig, world_size: int, microbatches: int, rows: Rows) -> list[StageProfile]:
     """Each pipeline stage of the run in a world of so many ranks, of so many microbatches a data-parallel rank."""
-    run = with_layout(run).replace(weights=WeightsConfig())
+    # FP8 changes no shape, and this machine need not have it.
+    run = with_layout(run).replace(weights=WeightsConfig(), precision=run.precision.replace(fp8_format="none"))
     steps, chunks = _trace_all(run, world_size, rows)
     return [_profile(run, stage, microbatches, rows, steps[stage], chunks) for stage in range(_stages(run))]
 

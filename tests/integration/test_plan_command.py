@@ -102,6 +102,17 @@ def test_it_refuses_what_the_trainer_refuses(options: list[str]) -> None:
     assert err.strip() == f"megavlm: error: {refused.value}"
 
 
+def test_a_run_in_fp8_is_planned_where_the_chip_has_it() -> None:
+    code, out, err = plan(
+        "aquila-vl-tiny/2b", "--cluster", "1x1xH100", "--fp8-format", "hybrid", "--tensor-model-parallel-size", "1"
+    )
+    assert code == 0, err
+    assert "of the FP8 peak" in out and "FP8, not modelled" in out
+    code, out, err = plan("aquila-vl-tiny/2b", "--cluster", "1x1xA100-40GB", "--fp8-format", "hybrid")
+    assert code == 2 and out == "" and err.count("\n") == 1
+    assert "A100-40GB has compute capability 8.0; FP8 with the recipe delayed needs 8.9" in err
+
+
 def test_a_page_without_a_place_is_refused_before_anything_is_traced(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
