@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-import numpy as np
 import torch
 
 from megavlm.build.costs import part_costs
@@ -19,7 +18,7 @@ from megavlm.plan.fp8 import fp8_products
 from megavlm.plan.mix import Mix
 from megavlm.plan.profile import StageProfile
 from megavlm.plan.stage import profile_run
-from megavlm.plan.step import Rate, StepTime, drawn_images, step_time
+from megavlm.plan.step import DrawnRows, Rate, StepTime, drawn_rows, step_time
 
 
 def judge(
@@ -28,7 +27,7 @@ def judge(
     """The run as it is, on all GPUs of the cluster; refuses what the trainer would."""
     check_for_world(run, cluster.gpus)
     microbatches = microbatches_of(run, cluster, mix)
-    profiles = tuple(profile_run(run, cluster.gpus, microbatches, {"mean": mix.mean, "worst": mix.worst}))
+    profiles = tuple(profile_run(run, cluster.gpus, microbatches, mix.traced))
     return Evaluation(
         choice=choice or choice_of(run),
         cluster=cluster,
@@ -58,8 +57,6 @@ def timed(
 ) -> StepTime:
     """A step of the run, whose stages have been traced."""
     microbatches = microbatches_of(run, cluster, mix)
-    copies = copies_of(run, cluster)
-    values, counts = np.unique(mix.tiles_of_rows, return_counts=True)
     return step_time(
         profiles,
         cluster,
@@ -67,8 +64,13 @@ def timed(
         microbatches,
         rate_of(run, cluster, efficiency),
         data_parallel=run.data_parallel,
-        images=drawn_images(values, counts, microbatches, copies) if mix.tiles else None,
+        rows=drawn_of(mix, microbatches, copies_of(run, cluster)),
     )
+
+
+def drawn_of(mix: Mix, microbatches: int, copies: int) -> DrawnRows | None:
+    """Rows of the step's sizes for each microbatch of each copy of the model; none where all are alike."""
+    return drawn_rows(mix.sizes, microbatches, copies) if len(set(mix.sizes)) > 1 else None
 
 
 def rate_of(run: RunConfig, cluster: Cluster, efficiency: Efficiency) -> Rate:

@@ -20,7 +20,7 @@ COMMUNICATOR = 300 << 20
 """Bytes that NCCL takes for each group of ranks: assumed."""
 
 Rows = Mapping[str, PlannedRow]
-"""`mean` and `worst`."""
+"""`mean` and `worst`; and `long`, the mean one with more words."""
 
 
 def profile_run(run: RunConfig, world_size: int, microbatches: int, rows: Rows) -> list[StageProfile]:
@@ -110,6 +110,7 @@ def _profile(
         trainable=step.trainable,
         mean=profiles["mean"],
         worst=profiles["worst"],
+        long=profiles.get("long"),
     )
 
 
@@ -136,6 +137,7 @@ def _row_profile(
     return RowProfile(
         name=name,
         tokens=row.tokens,
+        length=row.padded,
         documents=len(row.documents) * row.rows,
         images=row.tiles,
         costs=_together([*costs, *step.costs]),

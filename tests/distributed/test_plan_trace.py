@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from plan_profiles import rate
 from prepared_toys import data_config, prepare_toys, stream
 from reports import groups_of_one, report_of
 from toy_data import write_tokenizer
@@ -21,10 +22,11 @@ from megavlm.plan import trace as tracing
 from megavlm.plan.cluster import parse_cluster
 from megavlm.plan.cost import CALIBRATION, Calibration
 from megavlm.plan.judge import judge
-from megavlm.plan.mix import _prepared_steps, mix_of
+from megavlm.plan.mix import _prepared_steps, _with_more_words, mix_of
 from megavlm.plan.profile import OpCost, StageProfile
 from megavlm.plan.rows import PlannedDocument, PlannedRow, batch_of
 from megavlm.plan.stage import profile_run
+from megavlm.plan.step import drawn_rows, step_time
 from megavlm.plan.trace import own_pictures, trace_microbatch, trace_step, traced_rank
 from megavlm.recipes import recipe
 from megavlm.testing import spawn
@@ -126,6 +128,42 @@ def test_the_tower_may_have_a_chunk_of_its_own() -> None:
     assert alone.parameters + behind.parameters == front.parameters + rest.parameters
     assert flops((*alone.mean.costs, *behind.mean.costs)) == flops((*front.mean.costs, *rest.mean.costs))
     assert 0 < alone.mean.activation_per_microbatch < front.mean.activation_per_microbatch
+
+
+def row_of(run: RunConfig, words: int, tiles: int) -> PlannedRow:
+    """Four documents of equal length, and a picture of one tile in each until there are enough."""
+    assert run.aquila_vl is not None
+    picture = plan_image(64, 64, "one_of_several", run.aquila_vl.grid)
+    assert picture.tiles == 1
+    documents = tuple(
+        PlannedDocument(words + count * picture.tokens, count * (picture,))
+        for count in (tiles // 4 + (number < tiles % 4) for number in range(4))
+    )
+    return PlannedRow(documents, sum(document.tokens for document in documents))
+
+
+def guessed_and_traced() -> list[tuple[float, float]]:
+    """Seconds of a step of rows of several sizes: from the sizes of three traced ones, and traced themselves."""
+    run = recipe("aquila-vl-tiny/2b")
+    mean, worst = row_of(run, 100, 8), row_of(run, 110, 16)
+    long = _with_more_words(mean, worst.length - mean.length)
+    cluster = parse_cluster("1x1xH100")
+    three = profile_run(run, 1, 4, {"mean": mean, "worst": worst, "long": long})
+    found = []
+    for words, tiles in ((150, 4), (60, 12), (200, 8)):
+        row = row_of(run, words, tiles)
+        drawn = drawn_rows([(row.padded, row.tiles)], 4, 1)
+        guessed = step_time(three, cluster, run.parallel, 4, rate, rows=drawn)
+        traced = step_time(profile_run(run, 1, 4, {"mean": row, "worst": row}), cluster, run.parallel, 4, rate)
+        found.append((guessed.seconds, traced.seconds))
+    return found
+
+
+def test_rows_of_other_sizes_take_what_their_words_and_tiles_say() -> None:
+    (found,) = spawn(guessed_and_traced, 1, timeout=600)
+    for guessed, traced in found:
+        assert guessed == pytest.approx(traced, rel=0.03)
+    assert max(traced for _, traced in found) > 1.2 * min(traced for _, traced in found)
 
 
 def shapes(batch: Any) -> dict[str, Any]:
