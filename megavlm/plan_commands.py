@@ -9,8 +9,6 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import numpy as np
-
 from megavlm.build.run_config import RunConfig
 from megavlm.errors import ConfigError, LayoutError
 from megavlm.options import parse_options, take_options
@@ -19,13 +17,12 @@ from megavlm.plan.choice import Choice
 from megavlm.plan.cluster import Cluster, parse_cluster
 from megavlm.plan.cost import CALIBRATION, Calibration, Efficiency
 from megavlm.plan.evaluation import Evaluation
-from megavlm.plan.judge import judge, rate_of
+from megavlm.plan.judge import drawn_of, judge, rate_of
 from megavlm.plan.mix import Mix, mix_of
 from megavlm.plan.page import PlanPage, check_page_place, write_page
 from megavlm.plan.report import scale_report, search_report
 from megavlm.plan.scale import ScalePoint, scale
 from megavlm.plan.search import SearchResult, search
-from megavlm.plan.step import drawn_images
 from megavlm.plan.text import as_json, assumptions, report
 from megavlm.recipes import recipe, stages_of
 
@@ -64,6 +61,7 @@ class _Planner:
 
     def run_of(self, stage: str, options: list[str]) -> RunConfig:
         run = parse_options(recipe(stage), options, prog=f"megavlm plan {stage}")
+        rate_of(run, self.cluster, self.efficiency)  # a number format that the chip lacks is no layout's fault
         if self.data is None:
             return run
         if run.data is None:
@@ -92,14 +90,11 @@ class _Planner:
 
     def scaled(self, run: RunConfig, known: Sequence[Evaluation], mix: Mix) -> list[ScalePoint]:
         """The judged layouts on other numbers of GPUs."""
-        values, counts = np.unique(mix.tiles_of_rows, return_counts=True)
         return scale(
             run,
             known,
             rate_of(run, self.cluster, self.efficiency),
-            images=lambda microbatches, copies: (
-                drawn_images(values, counts, microbatches, copies) if mix.tiles else None
-            ),
+            images=lambda microbatches, copies: drawn_of(mix, microbatches, copies),
         )
 
 
@@ -146,7 +141,7 @@ def plan(arguments: list[str]) -> int:
                 steps=run.train.train_iters,
                 search=found_layouts,
                 scale=points,
-                assumptions=assumptions(mix, efficiency),
+                assumptions=assumptions(run, mix, efficiency),
             )
         )
     if "--html" in own:

@@ -75,7 +75,7 @@ class _Planned:
 
 def _planned(run: RunConfig, steps: int) -> _Planned:
     mix = mix_of(run, from_data=run.data is not None)
-    return _Planned(run, mix, profile_run(run, 1, round(mix.rows), {"mean": mix.mean, "worst": mix.worst}), steps)
+    return _Planned(run, mix, profile_run(run, 1, round(mix.rows), mix.traced), steps)
 
 
 def _with_toys(run: RunConfig, folder: Path) -> RunConfig:

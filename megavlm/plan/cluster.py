@@ -50,7 +50,9 @@ class Chip(Config):
     fp8_tflops: float | None = None
     """The same in FP8; none: it has no FP8."""
     fp32_tflops: float | None = None
-    """The same of runs in float32; none: as in bf16."""
+    """The same in float32 as torch computes it unless told otherwise, without TF32; none: it is not known."""
+    capability: tuple[int, ...] | None = None
+    """CUDA compute capability, such as [9, 0], which decides what a run in FP8 may ask for; none: it is not known."""
     memory_gib: float
     """GiB that CUDA reports in all: less than the name says, since the driver keeps some."""
     memory_gb_s: float
@@ -59,6 +61,8 @@ class Chip(Config):
     def check(self) -> None:
         for field in ("bf16_tflops", "memory_gib", "memory_gb_s"):
             require(getattr(self, field) > 0, self, field, "must be positive", "write what its data sheet says")
+        are_two = self.capability is None or len(self.capability) == 2
+        require(are_two, self, "capability", "is no compute capability", "write two numbers, such as [9, 0]")
         for field in ("fp8_tflops", "fp32_tflops"):
             value = getattr(self, field)
             require(value is None or value > 0, self, field, "must be positive", "leave it out")
@@ -73,7 +77,13 @@ class Chip(Config):
 
     def flops_per_second(self, in_float32: bool) -> float:
         """Its peak in float32 or in bf16."""
-        return 1e12 * (self.fp32_tflops if in_float32 and self.fp32_tflops else self.bf16_tflops)
+        if not in_float32:
+            return 1e12 * self.bf16_tflops
+        if self.fp32_tflops is None:
+            problem = f"is not given of the chip {self.name}, and the run is in float32"
+            remedy = "write what its data sheet says of FP32 without TF32, or use --params-dtype bfloat16"
+            raise ConfigError("Chip.fp32_tflops", None, problem, remedy)
+        return 1e12 * self.fp32_tflops
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -250,6 +260,14 @@ class Board:
     between: Link
 
 
+def _a100(name: str, **memory: float) -> Chip:
+    return Chip(name=name, bf16_tflops=312, fp32_tflops=19.5, capability=(8, 0), **memory)
+
+
+def _hopper(name: str, **memory: float) -> Chip:
+    return Chip(name=name, bf16_tflops=989.5, fp8_tflops=1979, fp32_tflops=67, capability=(9, 0), **memory)
+
+
 # Network: one ConnectX-6 of 200 Gbit/s a GPU (NVIDIA DGX A100 data sheet), one ConnectX-7 of 400 Gbit/s (NVIDIA DGX
 # H100/H200 data sheet). Latencies: NCCL tuning.cc `hwLat`, ring, Simple and LL. Shares reached: NVLink of A100, where
 # NCCL's tuner caps its estimate at 235 of 300 GB/s (`compCap80`); all others are assumed.
@@ -258,20 +276,19 @@ _NVLINK4 = Link(gb_s=450, reached=0.8, latency_us=3.4, small_latency_us=0.47)
 _HDR = Link(gb_s=25, reached=0.9, latency_us=9.6, small_latency_us=2.7)
 _NDR = Link(gb_s=50, reached=0.9, latency_us=9.6, small_latency_us=2.7)
 
-# A100: NVIDIA A100 data sheet (SXM: bf16 312, 1,555 and 2,039 GB/s, NVLink 600 GB/s both ways). H100: NVIDIA H100 data
-# sheet (SXM: bf16 1,979 and FP8 3,958 with sparsity, twice the dense ones; 3.35 TB/s; NVLink 900 GB/s both ways). H200:
-# NVIDIA H200 data sheet (as H100, 141 GB, 4.8 TB/s). Memory as CUDA reports it: A100-40GB 42,405,855,232 bytes
-# (deviceQuery in the wiki of Paderborn's PC2), A100-80GB 79.25 GiB (levihsu/OOTDiffusion#235), H100 79.11 GiB
-# (vllm-project/vllm#27508); H200 is rounded down.
+# A100: NVIDIA A100 data sheet (SXM: bf16 312, FP32 19.5; 1,555 and 2,039 GB/s, NVLink 600 GB/s both ways). H100: NVIDIA
+# H100 data sheet (SXM: bf16 1,979 and FP8 3,958 with sparsity, twice the dense ones; FP32 67; 3.35 TB/s; NVLink 900
+# GB/s both ways). H200: NVIDIA H200 data sheet (as H100, 141 GB, 4.8 TB/s). FP32 is what torch's products in float32
+# take: TF32 is off unless `torch.set_float32_matmul_precision` asks for it, which training never does. Memory as CUDA
+# reports it: A100-40GB 42,405,855,232 bytes (deviceQuery in the wiki of Paderborn's PC2), A100-80GB 79.25 GiB
+# (levihsu/OOTDiffusion#235), H100 79.11 GiB (vllm-project/vllm#27508); H200 is rounded down.
 BOARDS: dict[str, Board] = {
     board.chip.name: board
     for board in (
-        Board(Chip(name="A100-40GB", bf16_tflops=312, memory_gib=39.49, memory_gb_s=1555), _NVLINK3, _HDR),
-        Board(Chip(name="A100-80GB", bf16_tflops=312, memory_gib=79.25, memory_gb_s=2039), _NVLINK3, _HDR),
-        Board(
-            Chip(name="H100", bf16_tflops=989.5, fp8_tflops=1979, memory_gib=79.11, memory_gb_s=3350), _NVLINK4, _NDR
-        ),
-        Board(Chip(name="H200", bf16_tflops=989.5, fp8_tflops=1979, memory_gib=139, memory_gb_s=4800), _NVLINK4, _NDR),
+        Board(_a100("A100-40GB", memory_gib=39.49, memory_gb_s=1555), _NVLINK3, _HDR),
+        Board(_a100("A100-80GB", memory_gib=79.25, memory_gb_s=2039), _NVLINK3, _HDR),
+        Board(_hopper("H100", memory_gib=79.11, memory_gb_s=3350), _NVLINK4, _NDR),
+        Board(_hopper("H200", memory_gib=139, memory_gb_s=4800), _NVLINK4, _NDR),
     )
 }
 

@@ -8,9 +8,11 @@ from pathlib import Path
 
 from megavlm.config import Config, require
 from megavlm.errors import ConfigError
-from megavlm.plan.profile import OpCost
+from megavlm.plan.profile import OpCost, PlanPart
 
 CALIBRATION = Path(__file__).with_name("calibration.yaml")
+IN_FP8: tuple[PlanPart, ...] = ("decoder", "cross_attention")
+"""Parts whose products may run in FP8: megatron-core enters it around the decoder's layers, gated blocks included."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,6 +23,8 @@ class Efficiency(Config):
     """Share of the peak of bf16 products that those of a model reach."""
     attention: float
     """Share of the same peak that attention reaches, causal masks counted by half."""
+    fp8: float | None = None
+    """Share of the peak in FP8 that a model's products reach; none: it is not known."""
     memory: float
     """Share of the memory's bandwidth."""
     fused: float = 1.0
@@ -39,7 +43,7 @@ class Efficiency(Config):
     """Where each number comes from."""
 
     def check(self) -> None:
-        for name in ("matmul", "attention", "memory", "fused", "operands", "allocated"):
+        for name in ("matmul", "attention", "fp8", "memory", "fused", "operands", "allocated"):
             value = getattr(self, name)
             require(value is None or 0 < value <= 1, self, name, "is outside (0, 1]", "use what was measured")
         require(self.start_us >= 0, self, "start_us", "is negative", "use 0 for none")
@@ -60,8 +64,13 @@ class Calibration(Config):
         raise ConfigError("calibration", chip, "has no row for this chip", remedy)
 
 
-def seconds_of(flops_per_second: float, bytes_per_second: float, efficiency: Efficiency) -> Callable[[OpCost], float]:
-    """Seconds of computing of a class of work on a chip of these peaks; messages take none of them."""
+def seconds_of(
+    flops_per_second: float, bytes_per_second: float, efficiency: Efficiency, in_fp8: float | None = None
+) -> Callable[[OpCost], float]:
+    """Seconds of computing of a class of work on a chip of these peaks; messages take none of them.
+
+    `in_fp8`: what products reach where Transformer Engine runs them in FP8, in a run that asks for it.
+    """
     products = {
         "matmul": flops_per_second * efficiency.matmul,
         "attention": flops_per_second * efficiency.attention,
@@ -77,8 +86,9 @@ def seconds_of(flops_per_second: float, bytes_per_second: float, efficiency: Eff
             return 0.0
         share = efficiency.fused if cost.kind == "memory" else 1.0
         moved = share * cost.bytes / (of_operands if cost.kind == "matmul" else bandwidth)
+        rate = in_fp8 if in_fp8 and cost.kind == "matmul" and cost.part in IN_FP8 else products[cost.kind]
         starts = share * cost.count * efficiency.start_us * 1e-6
-        return together(cost.flops / products[cost.kind], moved, cost.made / of_new, starts)
+        return together(cost.flops / rate, moved, cost.made / of_new, starts)
 
     return seconds
 

@@ -30,9 +30,9 @@ class Evaluation:
     samples: float
     """Of a step."""
     flops: float
-    """Of the model in a step, all ranks, without what is computed again."""
+    """That the model needs for the rows of a step, as training counts them: the same in every layout."""
     peak: float = 0.0
-    """Floating-point operations a second of one GPU; none: bf16."""
+    """Floating-point operations a second of one GPU that MFU is a share of; none: the chip's in bf16."""
 
     @property
     def memory(self) -> list[MemoryUse]:

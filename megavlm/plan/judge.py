@@ -5,18 +5,20 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-import numpy as np
 import torch
 
+from megavlm.build.costs import part_costs
+from megavlm.build.model import with_layout
 from megavlm.build.run_config import RunConfig, check_for_world
 from megavlm.plan.choice import Choice
 from megavlm.plan.cluster import Cluster
 from megavlm.plan.cost import Efficiency, seconds_of
 from megavlm.plan.evaluation import Evaluation
+from megavlm.plan.fp8 import fp8_products
 from megavlm.plan.mix import Mix
 from megavlm.plan.profile import StageProfile
 from megavlm.plan.stage import profile_run
-from megavlm.plan.step import Rate, StepTime, drawn_images, step_time
+from megavlm.plan.step import DrawnRows, Rate, StepTime, drawn_rows, step_time
 
 
 def judge(
@@ -25,7 +27,7 @@ def judge(
     """The run as it is, on all GPUs of the cluster; refuses what the trainer would."""
     check_for_world(run, cluster.gpus)
     microbatches = microbatches_of(run, cluster, mix)
-    profiles = tuple(profile_run(run, cluster.gpus, microbatches, {"mean": mix.mean, "worst": mix.worst}))
+    profiles = tuple(profile_run(run, cluster.gpus, microbatches, mix.traced))
     return Evaluation(
         choice=choice or choice_of(run),
         cluster=cluster,
@@ -35,8 +37,8 @@ def judge(
         tokens=mix.tokens,
         images=mix.tiles,
         samples=run.samples_per_step,
-        flops=mix.rows * row_flops(profiles, run.parallel.tensor_model_parallel_size),
-        peak=cluster.chip.flops_per_second(run.precision.dtype == torch.float32),
+        flops=part_costs(run, mix.work).total,
+        peak=logged_peak(run, cluster),
     )
 
 
@@ -55,33 +57,36 @@ def timed(
 ) -> StepTime:
     """A step of the run, whose stages have been traced."""
     microbatches = microbatches_of(run, cluster, mix)
-    copies = copies_of(run, cluster)
-    values, counts = np.unique(mix.tiles_of_rows, return_counts=True)
     return step_time(
         profiles,
         cluster,
-        run.parallel,
+        with_layout(run).parallel,
         microbatches,
         rate_of(run, cluster, efficiency),
         data_parallel=run.data_parallel,
-        images=drawn_images(values, counts, microbatches, copies) if mix.tiles else None,
+        rows=drawn_of(mix, microbatches, copies_of(run, cluster)),
     )
+
+
+def drawn_of(mix: Mix, microbatches: int, copies: int) -> DrawnRows | None:
+    """Rows of the step's sizes for each microbatch of each copy of the model; none where all are alike."""
+    return drawn_rows(mix.sizes, microbatches, copies) if len(set(mix.sizes)) > 1 else None
 
 
 def rate_of(run: RunConfig, cluster: Cluster, efficiency: Efficiency) -> Rate:
-    """Seconds of computing on the cluster's chip, in the run's number format."""
-    peak = cluster.chip.flops_per_second(run.precision.dtype == torch.float32)
-    return seconds_of(peak, cluster.chip.bytes_per_second, efficiency)
+    """Seconds of computing on the cluster's chip, in the run's number formats; refuses those that it lacks."""
+    chip = cluster.chip
+    peak = chip.flops_per_second(run.precision.dtype == torch.float32)
+    return seconds_of(peak, chip.bytes_per_second, efficiency, fp8_products(run, chip, efficiency))
 
 
-def row_flops(profiles: tuple[StageProfile, ...], tensor: int) -> float:
-    """Floating-point operations of a mean row over all ranks of one copy, without what is computed again."""
-    return tensor * sum(
-        cost.flops
-        for profile in profiles
-        for cost in profile.mean.costs
-        if cost.phase in ("forward", "backward") and cost.kind != "comm"
-    )
+def logged_peak(run: RunConfig, cluster: Cluster) -> float:
+    """What MFU is a share of: the bf16 peak whatever the run's format, as in training; on a chip that is faster in
+    float32, as CPUs are, that.
+    """
+    if run.log.peak_tflops:
+        return 1e12 * run.log.peak_tflops
+    return 1e12 * max(cluster.chip.bf16_tflops, cluster.chip.fp32_tflops or 0.0)
 
 
 def choice_of(run: RunConfig) -> Choice:

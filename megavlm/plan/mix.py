@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
+from megavlm.build.costs import Work, causal_work
 from megavlm.build.data_check import refuse_absent
 from megavlm.build.loader import build_words
 from megavlm.build.run_config import DataConfig, RunConfig
@@ -30,16 +31,32 @@ class Mix:
     """The one that is nearest to the mean in length and in tiles."""
     worst: PlannedRow
     """As many tiles as any row has, and as long as the longest."""
+    long: PlannedRow
+    """The mean one with more words, as long as the longest: what tokens cost without tiles."""
     rows: float
     """Of a step, over all data-parallel ranks."""
     tokens: float
     """Of a step, without padding."""
     tiles: float
     """Images or tiles of a step."""
-    tiles_of_rows: tuple[int, ...]
-    """Of each row that was looked at."""
+    squared_lengths: float
+    """Of the samples of a step, summed up."""
+    seeing_tokens: float
+    """Of the samples of a step that have a picture."""
+    sizes: tuple[tuple[int, int], ...]
+    """(tokens with padding, tiles) of each row that was looked at."""
     assumptions: tuple[str, ...]
     """What was assumed of the data; empty where prepared data say it."""
+
+    @property
+    def traced(self) -> dict[str, PlannedRow]:
+        """What a profile is made of, by name."""
+        return {"mean": self.mean, "worst": self.worst, "long": self.long}
+
+    @property
+    def work(self) -> Work:
+        """What passes through the model in a step, as training counts it of the same rows."""
+        return causal_work(self.tokens, self.squared_lengths, self.tiles, self.seeing_tokens)
 
 
 def mix_of(run: RunConfig, from_data: bool) -> Mix:
@@ -48,7 +65,8 @@ def mix_of(run: RunConfig, from_data: bool) -> Mix:
         row = PlannedRow((PlannedDocument(run.row_tokens),), run.row_tokens, run.train.micro_batch_size)
         rows = run.samples_per_step / run.train.micro_batch_size
         says = f"toy text: rows of {run.row_tokens} tokens"
-        return Mix(row, row, rows, rows * row.tokens, 0.0, (0,), (says,))
+        squares = run.samples_per_step * float(run.row_tokens) ** 2
+        return Mix(row, row, row, rows, rows * row.tokens, 0.0, squares, 0.0, ((row.padded, 0),), (says,))
     if from_data:
         return _summary(_prepared_steps(run, run.data), ())
     return _summary([_assumed_step(run, run.data)], _assumptions(run.data))
@@ -56,16 +74,21 @@ def mix_of(run: RunConfig, from_data: bool) -> Mix:
 
 def _summary(steps: Sequence[Sequence[PlannedRow]], assumptions: tuple[str, ...]) -> Mix:
     rows = [row for step in steps for row in step if row.documents]
+    documents = [document for row in rows for document in row.documents]
     table = np.array([[row.length, row.tiles] for row in rows], dtype=float)
     off = np.abs(table - table.mean(0)) / np.maximum(table.mean(0), 1)
+    mean = rows[int(off.sum(1).argmin())]
     longest, most = max(rows, key=lambda row: row.length), max(rows, key=lambda row: (row.tiles, row.length))
     return Mix(
-        mean=rows[int(off.sum(1).argmin())],
+        mean=mean,
         worst=_lengthened(most, longest.length),
+        long=_with_more_words(mean, longest.length - mean.length),
         rows=len(rows) / len(steps),
         tokens=sum(row.tokens for row in rows) / len(steps),
         tiles=sum(row.tiles for row in rows) / len(steps),
-        tiles_of_rows=tuple(row.tiles for row in rows),
+        squared_lengths=sum(one.tokens**2 for one in documents) / len(steps),
+        seeing_tokens=sum(one.tokens for one in documents if one.pictures) / len(steps),
+        sizes=tuple((row.padded, row.tiles) for row in rows),
         assumptions=assumptions,
     )
 
@@ -75,6 +98,12 @@ def _lengthened(row: PlannedRow, length: int) -> PlannedRow:
     *first, last = row.documents
     last = replace(last, tokens=last.tokens + length - row.tokens)
     return PlannedRow((*first, last), length)
+
+
+def _with_more_words(row: PlannedRow, more: int) -> PlannedRow:
+    """With so many more tokens in the last document, padded as before."""
+    *first, last = row.documents
+    return replace(row, documents=(*first, replace(last, tokens=last.tokens + more)), length=row.length + more)
 
 
 def _prepared_steps(run: RunConfig, data: DataConfig) -> list[list[PlannedRow]]:

@@ -75,9 +75,11 @@ class RowProfile:
     """What one kind of row costs a stage."""
 
     name: str
-    """`mean` or `worst`."""
+    """`mean`, `worst` or `long`."""
     tokens: int
     """Of one microbatch."""
+    length: int
+    """The same with padding."""
     documents: int
     images: int
     """Images or tiles of one microbatch that the tower encodes."""
@@ -108,6 +110,8 @@ class StageProfile:
     """Elements that learn."""
     mean: RowProfile
     worst: RowProfile
+    long: RowProfile | None = None
+    """The mean row with more words; none: tokens are not told apart from images."""
 
     def row(self, name: Literal["mean", "worst"]) -> RowProfile:
         """The profile of one kind of row."""

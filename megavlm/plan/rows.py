@@ -46,6 +46,11 @@ class PlannedRow:
         return self.rows * sum(document.tokens for document in self.documents)
 
     @property
+    def padded(self) -> int:
+        """Tokens of all rows, with padding."""
+        return self.rows * self.length
+
+    @property
     def pictures(self) -> tuple[ImagePlan, ...]:
         return tuple(picture for document in self.documents for picture in document.pictures)
 

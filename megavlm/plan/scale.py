@@ -9,19 +9,19 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
+from megavlm.build.model import with_layout
 from megavlm.build.run_config import RunConfig
 from megavlm.plan.cluster import Cluster
 from megavlm.plan.evaluation import Evaluation
-from megavlm.plan.pipeline import Floats
 from megavlm.plan.profile import OpCost, RowProfile, StageProfile
 from megavlm.plan.search import refusal, with_rows
-from megavlm.plan.step import BUBBLE, IMBALANCE, MESSAGES, Rate, StepTime, step_time
+from megavlm.plan.step import BUBBLE, IMBALANCE, MESSAGES, DrawnRows, Rate, StepTime, step_time
 
 FEWEST, MOST = 8, 4096
 WORTH_NAMING = 0.05
 """Share of the step from which on something is said to limit it."""
-Images = Callable[[int, int], Floats | None]
-"""(microbatches, replicas) -> images of each."""
+Images = Callable[[int, int], DrawnRows | None]
+"""(microbatches, replicas) -> tokens and images of each."""
 
 
 @dataclass(frozen=True)
@@ -114,7 +114,7 @@ def _again(run: RunConfig, known: Evaluation, cluster: Cluster, rate: Rate, imag
     fill = rows / (microbatches * copies)
     shards = before / copies if run.data_parallel.use_distributed_optimizer else 1.0
     profiles = tuple(_profile(profile, fill, shards) for profile in known.profiles)
-    parallel = choice.apply(run).parallel
+    parallel = with_layout(choice.apply(run)).parallel
     step = step_time(
         profiles,
         cluster,
@@ -122,7 +122,7 @@ def _again(run: RunConfig, known: Evaluation, cluster: Cluster, rate: Rate, imag
         microbatches,
         rate,
         data_parallel=run.data_parallel,
-        images=images(microbatches, copies),
+        rows=images(microbatches, copies),
     )
     found = replace(known, choice=choice, cluster=cluster, profiles=profiles, step=step, microbatches=microbatches)
     return found if found.fits else found.misfit
@@ -140,7 +140,8 @@ def _rows(known: Evaluation) -> int:
 def _profile(profile: StageProfile, fill: float, shards: float) -> StageProfile:
     """With rows filled to this share, and the optimizer's own share changed by this factor."""
     mean, worst = (_row(row, fill, shards) for row in (profile.mean, profile.worst))
-    return replace(profile, mean=mean, worst=worst)
+    long = _row(profile.long, fill, shards) if profile.long else None
+    return replace(profile, mean=mean, worst=worst, long=long)
 
 
 def _row(row: RowProfile, fill: float, shards: float) -> RowProfile:

@@ -20,12 +20,13 @@ COMMUNICATOR = 300 << 20
 """Bytes that NCCL takes for each group of ranks: assumed."""
 
 Rows = Mapping[str, PlannedRow]
-"""`mean` and `worst`."""
+"""`mean` and `worst`; and `long`, the mean one with more words."""
 
 
 def profile_run(run: RunConfig, world_size: int, microbatches: int, rows: Rows) -> list[StageProfile]:
     """Each pipeline stage of the run in a world of so many ranks, of so many microbatches a data-parallel rank."""
-    run = with_layout(run).replace(weights=WeightsConfig())
+    # FP8 changes no shape, and this machine need not have it.
+    run = with_layout(run).replace(weights=WeightsConfig(), precision=run.precision.replace(fp8_format="none"))
     steps, chunks = _trace_all(run, world_size, rows)
     return [_profile(run, stage, microbatches, rows, steps[stage], chunks) for stage in range(_stages(run))]
 
@@ -109,6 +110,7 @@ def _profile(
         trainable=step.trainable,
         mean=profiles["mean"],
         worst=profiles["worst"],
+        long=profiles.get("long"),
     )
 
 
@@ -135,6 +137,7 @@ def _row_profile(
     return RowProfile(
         name=name,
         tokens=row.tokens,
+        length=row.padded,
         documents=len(row.documents) * row.rows,
         images=row.tiles,
         costs=_together([*costs, *step.costs]),

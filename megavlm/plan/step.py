@@ -13,7 +13,6 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
 
 from megavlm.build.run_config import DataParallelConfig, ParallelConfig
 from megavlm.parallel.layout import AUTO
@@ -31,9 +30,12 @@ MOST_REPLICAS = 128
 """Of which the slowest is looked for; more are drawn from the same rows."""
 COMMUNICATION, BUBBLE, MESSAGES, IMBALANCE = "communication", "bubble", "messages", "imbalance"
 PARTS = ("tower", "connector", "cross_attention", "decoder", "head", "data", "optimizer")
+SEE_TILES = ("tower", "connector", "cross_attention", "data")
+"""Parts whose work goes with the tiles of a row."""
 SPLIT = (*PARTS, COMMUNICATION, BUBBLE, MESSAGES, IMBALANCE)
 """What a step's time is split into: work by part of the model; messages between tensor- and data-parallel ranks;
-waiting for other stages; for what they send; and for a replica with more images."""
+waiting for other stages; for what they send; and for a replica with more images
+or longer rows."""
 
 
 class Bound(NamedTuple):
@@ -66,12 +68,20 @@ class StepTime:
         return self.split[name] / self.seconds if self.seconds else 0.0
 
 
-def drawn_images(values: ArrayLike, counts: ArrayLike, microbatches: int, replicas: int, seed: int = 1234) -> Floats:
-    """[microbatches, replicas]: images of each, drawn from a histogram of rows."""
-    weights = np.asarray(counts, dtype=float)
+class DrawnRows(NamedTuple):
+    """Rows of all microbatches of some replicas, [microbatches, replicas] each."""
+
+    lengths: Floats
+    """Tokens, with padding."""
+    tiles: Floats
+
+
+def drawn_rows(sizes: Sequence[tuple[int, int]], microbatches: int, replicas: int, seed: int = 1234) -> DrawnRows:
+    """Drawn from rows of these (tokens, tiles)."""
     draw = np.random.default_rng(seed)
-    size = (microbatches, min(replicas, MOST_REPLICAS))
-    return draw.choice(np.asarray(values, dtype=float), size=size, p=weights / weights.sum())
+    chosen = draw.integers(len(sizes), size=(microbatches, min(replicas, MOST_REPLICAS)))
+    lengths, tiles = np.array(sizes, dtype=float).T
+    return DrawnRows(lengths[chosen], tiles[chosen])
 
 
 def step_time(
@@ -82,12 +92,12 @@ def step_time(
     rate: Rate,
     *,
     data_parallel: DataParallelConfig | None = None,
-    images: NDArray[np.float64] | None = None,
+    rows: DrawnRows | None = None,
     mode: Mode = "variable",
 ) -> StepTime:
-    """A step of `microbatches` on each data-parallel rank; `images` [microbatches, replicas] are those of each."""
+    """A step of `microbatches` on each data-parallel rank, all of the mean row or of these."""
     reckoner = _Reckoner(profiles, cluster, parallel, microbatches, rate, data_parallel or DataParallelConfig(), mode)
-    return reckoner.step(images)
+    return reckoner.step(rows)
 
 
 class _Reckoner:
@@ -109,11 +119,11 @@ class _Reckoner:
         self.layers = _layers(parallel, profiles)
         assert len(profiles) == self.stages
 
-    def step(self, images: NDArray[np.float64] | None) -> StepTime:
+    def step(self, rows: DrawnRows | None) -> StepTime:
         work = self._work(None)
         even = simulate(self.shape, self._without_messages(work), self.mode)
         sent = simulate(self.shape, work, self.mode)
-        drawn = sent if images is None else simulate(self.shape, self._work(images), self.mode)
+        drawn = sent if rows is None else simulate(self.shape, self._work(rows), self.mode)
         before = max(self._ahead(profile) for profile in self.profiles)
         busiest = int(even.busy[:, 0].argmax())
         reduce, rest = zip(*(self._ending(profile) for profile in self.profiles), strict=True)
@@ -139,30 +149,43 @@ class _Reckoner:
     def _without_messages(self, work: Work) -> Work:
         return Work(work.forward, work.backward, np.zeros(self.stages))
 
-    def _work(self, images: NDArray[np.float64] | None) -> Work:
-        """Durations of all chunks, with the mean images of a row, or these."""
-        ways = {"forward": ("forward",), "backward": ("backward", "recompute")}
-        mean, more = ({way: self._chunks(row, phases) for way, phases in ways.items()} for row in ("mean", "worst"))
+    def _work(self, rows: DrawnRows | None) -> Work:
+        """Durations of all chunks, of the mean row or of these."""
         times = {}
-        for way in ways:
+        for way, phases in {"forward": ("forward",), "backward": ("backward", "recompute")}.items():
             # [chunks, 1] + [chunks, 1] * [microbatches], and replicas behind.
-            base = mean[way][:, None, None]
-            if images is None:
-                times[way] = base
-                continue
-            usual, worst = self.profiles[0].mean.images, self.profiles[0].worst.images
-            slope = (more[way] - mean[way]) / (worst - usual) if worst > usual else np.zeros_like(mean[way])
-            times[way] = np.maximum(base + slope[:, None, None] * (images[None] - usual), 0.0)
+            times[way] = self._chunks("mean", phases)[:, None, None]
+            if rows is not None:
+                mean = self.profiles[0].mean
+                of_token, of_tile = (slope[:, None, None] for slope in self._slopes(phases))
+                more = of_token * (rows.lengths - mean.length) + of_tile * (rows.tiles - mean.images)
+                times[way] = np.maximum(times[way] + more, 0.0)
         return work_of(self.shape, times["forward"], times["backward"], self._transfers(), self._handshake())
 
-    def _chunks(self, row: str, phases: tuple[str, ...]) -> Floats:
-        """Seconds of each chunk: ends of the model in the first and the last, the rest by layers."""
+    def _slopes(self, phases: tuple[str, ...]) -> tuple[Floats, Floats]:
+        """Seconds of each chunk that one more token and one more tile take.
+
+        The long row has the worst one's tokens and the mean one's tiles. Parts that see no tiles are left out of what
+        tiles take: the worst row's documents are others, and so is what attention costs in them.
+        """
+        first = self.profiles[0]
+        long = "mean" if first.long is None else "long"
+        tokens = _row(first, long).length - first.mean.length
+        tiles = first.worst.images - first.mean.images
+        of_tokens = self._chunks(long, phases) - self._chunks("mean", phases)
+        of_tiles = self._chunks("worst", phases, SEE_TILES) - self._chunks(long, phases, SEE_TILES)
+        return of_tokens / tokens if tokens else 0.0 * of_tokens, of_tiles / tiles if tiles else 0.0 * of_tiles
+
+    def _chunks(self, row: str, phases: tuple[str, ...], parts: Sequence[str] | None = None) -> Floats:
+        """Seconds of each chunk: ends of the model in the first and the last, the rest by layers; of some parts."""
         seconds = np.zeros(self.shape.all_chunks)
         for stage, profile in enumerate(self.profiles):
             own = np.arange(stage, self.shape.all_chunks, self.stages)
             layers = self.layers[own]
             for cost in _row(profile, row).costs:
                 if cost.phase not in phases or cost.group == "pp" or self._is_ahead(cost):
+                    continue
+                if parts is not None and cost.part not in parts:
                     continue
                 if cost.part in ("tower", "connector", "data") and stage == 0:
                     seconds[0] += self._seconds(cost)
@@ -254,7 +277,10 @@ def _layers(parallel: ParallelConfig, profiles: Sequence[StageProfile]) -> Float
 
 
 def _row(profile: StageProfile, name: str) -> RowProfile:
-    return profile.mean if name == "mean" else profile.worst
+    rows = {"mean": profile.mean, "worst": profile.worst, "long": profile.long}
+    found = rows[name]
+    assert found is not None
+    return found
 
 
 def _message_bytes(row: RowProfile) -> float:

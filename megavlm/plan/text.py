@@ -9,6 +9,7 @@ from megavlm.build.run_config import RunConfig
 from megavlm.plan.cluster import GIB
 from megavlm.plan.cost import Efficiency
 from megavlm.plan.evaluation import SLACK, Evaluation, needed_bytes
+from megavlm.plan.fp8 import fp8_assumptions
 from megavlm.plan.mix import Mix
 from megavlm.plan.profile import MemoryUse, RowProfile
 from megavlm.plan.report import aligned, split_lines
@@ -31,7 +32,7 @@ def report(run: RunConfig, evaluation: Evaluation, mix: Mix, efficiency: Efficie
         *_time(run, evaluation),
         "",
         "assumed:",
-        *(f"  {line}" for line in assumptions(mix, efficiency)),
+        *(f"  {line}" for line in assumptions(run, mix, efficiency)),
     ]
     return "\n".join(lines)
 
@@ -76,7 +77,7 @@ def _time(run: RunConfig, evaluation: Evaluation) -> Iterator[str]:
     )
 
 
-def assumptions(mix: Mix, efficiency: Efficiency) -> list[str]:
+def assumptions(run: RunConfig, mix: Mix, efficiency: Efficiency) -> list[str]:
     """What a plan takes for granted, a sentence each."""
     return [
         *(mix.assumptions or ("nothing of the data: rows are those of prepared data",)),
@@ -86,7 +87,9 @@ def assumptions(mix: Mix, efficiency: Efficiency) -> list[str]:
         f"kernels reach {efficiency.matmul:.0%} (products) and {efficiency.attention:.0%} (attention) of the peak, "
         f"{efficiency.memory:.0%} of the bandwidth; {efficiency.fused:.0%} of elementwise traffic is left by fusion",
         *_starts(efficiency),
-        "MFU counts products as executed: no weight gradients of frozen parts, causal attention by half",
+        *fp8_assumptions(run, efficiency),
+        "MFU is that of training's log: the model's own products as a share of the bf16 peak; nothing of padding and "
+        "recompute, no weight gradients of frozen parts, causal attention by half",
     ]
 
 

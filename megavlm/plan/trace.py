@@ -11,6 +11,7 @@ import math
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -257,10 +258,8 @@ class _Watched:
 
 def _memory(follower: Follower, watched: _Watched, chosen: Chosen) -> ChunkMemory:
     starts = sorted({chosen.unit_of(layer) for layer in chosen.layers})
-    held = {
-        start: watched.live_at[behind] - watched.live_at[start]
-        for start, behind in zip(starts, [*starts[1:], BEHIND], strict=True)
-    }
+    # A chunk that holds the tower alone has no layers.
+    held = {start: watched.live_at[behind] - watched.live_at[start] for start, behind in pairwise([*starts, BEHIND])}
     extra = sum((chosen.times_of(start) - 1) * held[start] for start in starts)
     first = (BEFORE, starts[0] if starts else BEFORE)
     peaks: dict[bool, int] = defaultdict(int)

@@ -26,6 +26,7 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "TP=2 SP": (2, {**TP2, "sequence_parallel": True}),
     "PP=2": (2, PP2),
     "PP=2 interleaved": (2, {**PP2, "virtual_pipeline_model_parallel_size": 2}),
+    "PP=2, no layers in front": (2, {**PP2, "pipeline_model_parallel_layout": "E|ttttL"}),
     "DP=2": (2, {}),
     "TP=2 PP=2": (4, {**TP2, **PP2}),
     "DP=2 TP=2": (4, TP2),
@@ -33,6 +34,8 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
 CASES = [
     *(("infimm-tiny/pretrain", layout) for layout in ("one process", "TP=2", "PP=2", "TP=2 PP=2")),
     *(("aquila-vl-tiny/2b", layout) for layout in ("TP=2 SP", "PP=2 interleaved", "DP=2")),
+    ("aquila-vl-tiny/2b", "PP=2, no layers in front"),
+    ("aquila-vl-tiny/2a", "PP=2, no layers in front"),
 ]
 STAGES = [name for name in RECIPES if name.startswith(("infimm-tiny/", "aquila-vl-tiny/"))]
 MORE = [(name, layout) for name in STAGES for layout in LAYOUTS if (name, layout) not in CASES]

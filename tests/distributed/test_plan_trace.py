@@ -7,22 +7,32 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from plan_profiles import rate
 from prepared_toys import data_config, prepare_toys, stream
+from reports import groups_of_one, report_of
 from toy_data import write_tokenizer
 
-from megavlm.build.loader import build_loader
+from megavlm.build.loader import build_loader, build_words
 from megavlm.build.model import Model
 from megavlm.build.run_config import ChatConfig, RunConfig
+from megavlm.data.step_plan import Planner, open_sources
 from megavlm.data.tokenizer import Tokenizer
 from megavlm.parallel import groups as process_groups
 from megavlm.plan import trace as tracing
-from megavlm.plan.mix import _prepared_steps
-from megavlm.plan.profile import OpCost
+from megavlm.plan.cluster import parse_cluster
+from megavlm.plan.cost import CALIBRATION, Calibration
+from megavlm.plan.judge import judge
+from megavlm.plan.mix import _prepared_steps, _with_more_words, mix_of
+from megavlm.plan.profile import OpCost, StageProfile
 from megavlm.plan.rows import PlannedDocument, PlannedRow, batch_of
+from megavlm.plan.stage import profile_run
+from megavlm.plan.step import drawn_rows, step_time
 from megavlm.plan.trace import own_pictures, trace_microbatch, trace_step, traced_rank
 from megavlm.recipes import recipe
 from megavlm.testing import spawn
 from megavlm.tiles import GridConfig, plan_image
+from megavlm.train.throughput import Speedometer
+from megavlm.train.work import work_of_plan
 
 
 def infimm(stage: str, **changes: Any) -> tuple[RunConfig, PlannedRow]:
@@ -96,6 +106,66 @@ def test_a_layer_of_each_kind_stands_for_all(recompute: dict[str, Any]) -> None:
         assert few_costs[name] == pytest.approx(values, rel=2e-3), name
 
 
+def stages_of_aquila_vl(layouts: list[str]) -> list[list[StageProfile]]:
+    run = recipe("aquila-vl-2b/2a")
+    assert run.aquila_vl is not None
+    picture = plan_image(640, 480, "image", run.aquila_vl.grid)
+    row = PlannedRow((PlannedDocument(60 + picture.tokens, (picture,)),), 64 + picture.tokens)
+    found = []
+    for layout in layouts:
+        parallel = run.parallel.replace(pipeline_model_parallel_size=2, pipeline_model_parallel_layout=layout)
+        found.append(profile_run(run.replace(parallel=parallel), 2, 4, {"mean": row, "worst": row}))
+    return found
+
+
+def test_the_tower_may_have_a_chunk_of_its_own() -> None:
+    """As the split by cost gives it where pictures are many."""
+    layouts = ["E|" + 28 * "t" + "L", "Et|" + 27 * "t" + "L"]
+    (((alone, behind), (front, rest)),) = spawn(stages_of_aquila_vl, 1, layouts, timeout=600)
+    assert (alone.layers, behind.layers) == (0, 28)
+    assert "tower forward" in flops(alone.mean.costs) and "decoder forward" not in flops(alone.mean.costs)
+    # One layer less in front is one more behind: what both stages hold and compute stays the same.
+    assert alone.parameters + behind.parameters == front.parameters + rest.parameters
+    assert flops((*alone.mean.costs, *behind.mean.costs)) == flops((*front.mean.costs, *rest.mean.costs))
+    assert 0 < alone.mean.activation_per_microbatch < front.mean.activation_per_microbatch
+
+
+def row_of(run: RunConfig, words: int, tiles: int) -> PlannedRow:
+    """Four documents of equal length, and a picture of one tile in each until there are enough."""
+    assert run.aquila_vl is not None
+    picture = plan_image(64, 64, "one_of_several", run.aquila_vl.grid)
+    assert picture.tiles == 1
+    documents = tuple(
+        PlannedDocument(words + count * picture.tokens, count * (picture,))
+        for count in (tiles // 4 + (number < tiles % 4) for number in range(4))
+    )
+    return PlannedRow(documents, sum(document.tokens for document in documents))
+
+
+def guessed_and_traced() -> list[tuple[float, float]]:
+    """Seconds of a step of rows of several sizes: from the sizes of three traced ones, and traced themselves."""
+    run = recipe("aquila-vl-tiny/2b")
+    mean, worst = row_of(run, 100, 8), row_of(run, 110, 16)
+    long = _with_more_words(mean, worst.length - mean.length)
+    cluster = parse_cluster("1x1xH100")
+    three = profile_run(run, 1, 4, {"mean": mean, "worst": worst, "long": long})
+    found = []
+    for words, tiles in ((150, 4), (60, 12), (200, 8)):
+        row = row_of(run, words, tiles)
+        drawn = drawn_rows([(row.padded, row.tiles)], 4, 1)
+        guessed = step_time(three, cluster, run.parallel, 4, rate, rows=drawn)
+        traced = step_time(profile_run(run, 1, 4, {"mean": row, "worst": row}), cluster, run.parallel, 4, rate)
+        found.append((guessed.seconds, traced.seconds))
+    return found
+
+
+def test_rows_of_other_sizes_take_what_their_words_and_tiles_say() -> None:
+    (found,) = spawn(guessed_and_traced, 1, timeout=600)
+    for guessed, traced in found:
+        assert guessed == pytest.approx(traced, rel=0.03)
+    assert max(traced for _, traced in found) > 1.2 * min(traced for _, traced in found)
+
+
 def shapes(batch: Any) -> dict[str, Any]:
     tensors = {f"{number}": tuple(tensor.shape) for number, tensor in enumerate(tracing.tensors_of(batch))}
     return {**tensors, "documents": batch.cu_seqlens.tolist(), "tiles": batch.media.tiles}
@@ -104,6 +174,19 @@ def shapes(batch: Any) -> dict[str, Any]:
 def planned_and_loaded(root: Path, tokenizer: Path, name: str) -> list[tuple[dict[str, Any], dict[str, Any]]]:
     """The rows of the first step, as planned and as the loader makes them."""
     process_groups.join()
+    run = run_on_toys(root, tokenizer, name)
+    assert run.data is not None
+    groups = process_groups.start(run.parallel, run.train.seed)
+    model: Model = tracing.build_rank(run, groups).model
+    (rows,) = _prepared_steps(run, run.data)
+    loaded = build_loader(run, model, groups).step(0)
+    order = build_loader(run, model, groups).planner.rows_dealt(loaded.plan, 0, 1).tolist()
+    planned = [shapes(batch_of(run, rows[number], own_pictures(model))) for number in order]
+    return list(zip(planned, map(shapes, loaded.batches), strict=True))
+
+
+def run_on_toys(root: Path, tokenizer: Path, name: str) -> RunConfig:
+    """One step of a recipe on prepared conversations, some without a picture."""
     chat = ChatConfig()
     run = recipe(name)
     data = data_config(root, tokenizer, chat, [stream(("chat", "multi_image", "text"), 12, over_long="cut")])
@@ -113,21 +196,50 @@ def planned_and_loaded(root: Path, tokenizer: Path, name: str) -> list[tuple[dic
         run = run.replace(infimm=run.infimm.replace(**ids))
     elif run.aquila_vl is not None:
         run = run.replace(aquila_vl=run.aquila_vl.replace(**ids, video_token_id=words.token_of("<video>")))
-    run = run.replace(data=data, train=run.train.replace(train_iters=1))
-    groups = process_groups.start(run.parallel, run.train.seed)
-    model: Model = tracing.build_rank(run, groups).model
-    (rows,) = _prepared_steps(run, data)
-    loaded = build_loader(run, model, groups).step(0)
-    order = build_loader(run, model, groups).planner.rows_dealt(loaded.plan, 0, 1).tolist()
-    planned = [shapes(batch_of(run, rows[number], own_pictures(model))) for number in order]
-    return list(zip(planned, map(shapes, loaded.batches), strict=True))
+    return run.replace(data=data, train=run.train.replace(train_iters=1))
+
+
+@pytest.fixture(scope="module")
+def toys(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """(data, tokenizer)."""
+    root = tmp_path_factory.mktemp("toys")
+    tokenizer = Path(write_tokenizer(root / "tokenizer").folder)
+    return prepare_toys(root, tokenizer, ChatConfig(), {"chat": 20, "multi_image": 20, "text": 20}), tokenizer
 
 
 @pytest.mark.parametrize("name", ["infimm-tiny/finetune", "aquila-vl-tiny/2b"])
-def test_planned_rows_have_the_shapes_of_the_loaders(tmp_path: Path, name: str) -> None:
-    tokenizer = write_tokenizer(tmp_path / "tokenizer").folder
-    prepare_toys(tmp_path, Path(tokenizer), ChatConfig(), {"chat": 20, "multi_image": 20, "text": 20})
-    (pairs,) = spawn(planned_and_loaded, 1, tmp_path, Path(tokenizer), name)
+def test_planned_rows_have_the_shapes_of_the_loaders(toys: tuple[Path, Path], name: str) -> None:
+    (pairs,) = spawn(planned_and_loaded, 1, *toys, name)
     assert len(pairs) >= 4
     for planned, loaded in pairs:
         assert planned == loaded
+
+
+def mfu_planned_and_logged(root: Path, tokenizer: Path, name: str) -> list[tuple[float, float, float]]:
+    """(MFU of the plan, that of a log whose steps take as long, share of the peak in seconds) in some layouts."""
+    usual = run_on_toys(root, tokenizer, name)
+    assert usual.data is not None
+    mix, efficiency = mix_of(usual, from_data=True), Calibration.load(CALIBRATION).of("A100-80GB")
+    words = build_words(usual)
+    plan = Planner(usual.data, open_sources(usual.data, words), words, usual.train.seed).plan(0)
+    found = []
+    for gpus, tensor, recompute in ((1, 1, "none"), (2, 2, "none"), (2, 1, "full")):
+        run = usual.with_changes(
+            [("parallel.tensor_model_parallel_size", tensor), ("recompute.granularity", recompute)]
+        )
+        planned = judge(run, parse_cluster(f"1x{gpus}xA100-80GB"), mix, efficiency)
+        logging = run.replace(log=run.log.replace(peak_tflops=312.0))
+        report = report_of(1, seconds=planned.seconds, work=work_of_plan(plan))
+        logged = Speedometer(logging, groups_of_one(world_size=gpus)).over([report])
+        assert logged.mfu is not None
+        found.append((planned.mfu, logged.mfu, planned.mfu * planned.seconds * gpus))
+    return found
+
+
+@pytest.mark.parametrize("name", ["infimm-tiny/finetune", "aquila-vl-tiny/2b"])
+def test_planned_mfu_is_the_one_that_training_logs(toys: tuple[Path, Path], name: str) -> None:
+    (found,) = spawn(mfu_planned_and_logged, 1, *toys, name, timeout=600)
+    for planned, logged, _ in found:
+        assert planned == pytest.approx(logged, rel=1e-9)
+    floors = [floor for *_, floor in found]
+    assert floors == pytest.approx([floors[0]] * 3, rel=1e-9)

@@ -73,7 +73,7 @@ def test_data_that_a_stage_cannot_read_are_refused(tmp_path: Path) -> None:
 
 def test_a_run_that_does_not_fit_says_by_how_much(tmp_path: Path) -> None:
     cluster = tmp_path / "small.yaml"
-    chip = "{name: A100-40GB, bf16_tflops: 312, memory_gib: 0.1, memory_gb_s: 1555}"
+    chip = "{name: A100-40GB, bf16_tflops: 312, fp32_tflops: 19.5, memory_gib: 0.1, memory_gb_s: 1555}"
     inside = "inside: {gb_s: 300, latency_us: 3, small_latency_us: 1}"
     between = "between: {gb_s: 25, latency_us: 9, small_latency_us: 3}"
     cluster.write_text(f"nodes: 1\ngpus_per_node: 1\nchip: {chip}\n{inside}\n{between}\n")
@@ -100,6 +100,17 @@ def test_it_refuses_what_the_trainer_refuses(options: list[str]) -> None:
     code, out, err = plan("infimm-tiny/finetune", "--cluster", "8xA100-80GB", *options)
     assert code == 2 and out == ""
     assert err.strip() == f"megavlm: error: {refused.value}"
+
+
+def test_a_run_in_fp8_is_planned_where_the_chip_has_it() -> None:
+    code, out, err = plan(
+        "aquila-vl-tiny/2b", "--cluster", "1x1xH100", "--fp8-format", "hybrid", "--tensor-model-parallel-size", "1"
+    )
+    assert code == 0, err
+    assert "of the FP8 peak" in out and "FP8, not modelled" in out
+    code, out, err = plan("aquila-vl-tiny/2b", "--cluster", "1x1xA100-40GB", "--fp8-format", "hybrid")
+    assert code == 2 and out == "" and err.count("\n") == 1
+    assert "A100-40GB has compute capability 8.0; FP8 with the recipe delayed needs 8.9" in err
 
 
 def test_a_page_without_a_place_is_refused_before_anything_is_traced(

@@ -35,6 +35,8 @@ class MadeModel:
     head_flops: float = 0.0
     images: tuple[int, int] = (4, 4)
     """Of a mean and of the worst row."""
+    lengths: tuple[int, int] = (1000, 1000)
+    """Tokens of them, likewise; what layers and head cost is that of a mean row."""
     message: float = 0.0
     """Bytes to the next stage."""
     tensor_message: float = 0.0
@@ -59,12 +61,13 @@ class MadeModel:
                 trainable=0 if self.is_frozen else weights // 2,
                 mean=self._row("mean", choice, stage, data, weights),
                 worst=self._row("worst", choice, stage, data, weights),
+                long=self._row("long", choice, stage, data, weights),
             )
             for stage in range(choice.pipeline)
         ]
 
     def _row(self, name: str, choice: Choice, stage: int, data: int, weights: int) -> RowProfile:
-        images = self.images[0 if name == "mean" else 1]
+        images, length = self.images[name == "worst"], self.lengths[name != "mean"]
         own = self.layers // choice.pipeline
         held = int(self.activation * own * KEPT[choice.recompute] / choice.tensor)
         memory = MemoryUse(
@@ -75,17 +78,18 @@ class MadeModel:
         )
         return RowProfile(
             name=name,
-            tokens=1000,
+            tokens=length,
+            length=length,
             documents=2,
             images=images,
-            costs=tuple(self._costs(choice, stage, own, images)),
+            costs=tuple(self._costs(choice, stage, own, images, length / self.lengths[0])),
             activation_per_microbatch=held,
             transient=0,
             memory=memory,
         )
 
-    def _costs(self, choice: Choice, stage: int, own: int, images: int) -> list[OpCost]:
-        layer = own * self.layer_flops / choice.tensor
+    def _costs(self, choice: Choice, stage: int, own: int, images: int, longer: float) -> list[OpCost]:
+        layer = longer * own * self.layer_flops / choice.tensor
         ways: dict[Phase, float] = {"forward": 1.0, "backward": 1.0 if self.is_frozen else 2.0}
         if choice.recompute == "full":
             ways["recompute"] = 1.0
@@ -97,7 +101,7 @@ class MadeModel:
             tower = images * self.tower_flops / choice.tensor
             costs.append(OpCost(part="tower", kind="matmul", phase="forward", flops=tower))
         if stage == choice.pipeline - 1 and self.head_flops:
-            head = self.head_flops / choice.tensor
+            head = longer * self.head_flops / choice.tensor
             costs.append(OpCost(part="head", kind="matmul", phase="forward", flops=head))
         if self.tensor_message:
             whole = own * self.tensor_message

@@ -93,6 +93,16 @@ def test_an_impossible_file_is_refused(tmp_path: Path, old: str, new: str, said:
     assert said in str(caught.value)
 
 
+def test_float32_has_a_peak_of_its_own(tmp_path: Path) -> None:
+    """Without TF32, which torch leaves off: NVIDIA's data sheets."""
+    peaks = {name: board.chip.flops_per_second(in_float32=True) / 1e12 for name, board in BOARDS.items()}
+    assert peaks == {"A100-40GB": 19.5, "A100-80GB": 19.5, "H100": 67, "H200": 67}
+    assert BOARDS["A100-80GB"].chip.flops_per_second(in_float32=False) == 312e12
+    (tmp_path / "own.yaml").write_text(FILE)
+    with pytest.raises(ConfigError, match="fp32_tflops.*B300.*data sheet.*--params-dtype bfloat16"):
+        parse_cluster(str(tmp_path / "own.yaml")).chip.flops_per_second(in_float32=True)
+
+
 def test_groups_sit_where_megatron_core_puts_them() -> None:
     draw = random.Random(3)
     for _ in range(40):

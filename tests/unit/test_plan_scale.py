@@ -11,7 +11,7 @@ from plan_profiles import MadeModel, evaluated, rate
 from megavlm.plan.choice import Choice
 from megavlm.plan.cluster import parse_cluster
 from megavlm.plan.scale import counts, limits_named, scale
-from megavlm.plan.step import drawn_images
+from megavlm.plan.step import drawn_rows
 from megavlm.recipes import recipe
 
 RUN = recipe("infimm-llama2-13b/pretrain")
@@ -56,7 +56,7 @@ def test_limits_are_named() -> None:
         RUN,
         [evaluated(uneven, Choice(), CLUSTER, rows=1024)],
         rate,
-        images=lambda microbatches, replicas: drawn_images([0, 9], [8, 1], microbatches, replicas),
+        images=lambda microbatches, replicas: drawn_rows([*8 * [(1000, 0)], (1000, 9)], microbatches, replicas),
     )
     assert drawn[5].limit.startswith("replicas with more images")
 

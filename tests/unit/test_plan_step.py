@@ -2,14 +2,25 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from plan_profiles import FLOPS_PER_SECOND, MadeModel, evaluated, parallel_of, rate
 
+from megavlm.build.model import with_layout
 from megavlm.build.run_config import DataParallelConfig
+from megavlm.parallel.layout import layers_of_chunks
 from megavlm.plan.choice import Choice
 from megavlm.plan.cluster import GIB, parse_cluster
-from megavlm.plan.step import SPLIT, StepTime, drawn_images, step_time
+from megavlm.plan.cost import CALIBRATION, Calibration
+from megavlm.plan.judge import rate_of
+from megavlm.plan.judge import timed as judge_time
+from megavlm.plan.mix import Mix
+from megavlm.plan.rows import PlannedDocument, PlannedRow
+from megavlm.plan.scale import scale
+from megavlm.plan.step import SPLIT, DrawnRows, StepTime, drawn_rows, step_time
+from megavlm.recipes import recipe
 
 CLUSTER = parse_cluster("4x8xH100")
 CHOICES = [
@@ -48,8 +59,8 @@ def test_even_stages_have_the_known_bubble(pipeline: int, chunks: int) -> None:
 
 @pytest.mark.parametrize("choice", CHOICES, ids=lambda choice: choice.name)
 def test_the_split_is_the_whole_step(choice: Choice) -> None:
-    images = drawn_images([2, 4, 9], [5, 4, 1], 8, choice.data_parallel(32))
-    for settings in ({}, {"images": images}, {"data_parallel": DataParallelConfig(overlap_grad_reduce=True)}):
+    rows = drawn_rows([(900, 2), (1000, 4), (1100, 9)], 8, choice.data_parallel(32))
+    for settings in ({}, {"rows": rows}, {"data_parallel": DataParallelConfig(overlap_grad_reduce=True)}):
         step = timed(FULL, choice, 8, **settings)
         assert sum(step.split.values()) == pytest.approx(step.seconds)
         assert set(step.split) == set(SPLIT) and min(step.split.values()) >= -1e-12
@@ -90,23 +101,61 @@ def test_a_tower_in_front_is_waited_for_and_one_everywhere_is_not() -> None:
     assert everywhere.pipeline.seconds < first.pipeline.seconds
 
 
+def alike(length: int, tiles: int) -> DrawnRows:
+    return DrawnRows(np.full((8, 16), float(length)), np.full((8, 16), float(tiles)))
+
+
+@pytest.mark.parametrize("choice", [Choice(), Choice(tensor=2)], ids=lambda choice: choice.name)
+def test_words_and_images_of_uneven_rows_are_told_apart(choice: Choice) -> None:
+    """The worst row is a longer one, whose words are no business of its images."""
+    model = MadeModel(tower_flops=2e11, head_flops=1e12, images=(4, 12), lengths=(1000, 1500))
+    mean = timed(model, choice).seconds
+    of_words = 8 * (16 * 3e12 + 1e12) / FLOPS_PER_SECOND / choice.tensor
+    of_tile = 8 * 2e11 / FLOPS_PER_SECOND / choice.tensor
+    for length, tiles in ((1000, 4), (1000, 12), (1500, 4), (1500, 12), (800, 7)):
+        more = timed(model, choice, rows=alike(length, tiles)).seconds - mean
+        assert more == pytest.approx((length / 1000 - 1) * of_words + (tiles - 4) * of_tile)
+
+
 def test_uneven_images_make_the_step_longer_and_the_mean_does_not() -> None:
     model = MadeModel(tower_flops=2e11, images=(4, 12))
     choice = Choice(pipeline=2)
     mean = timed(model, choice)
-    even = timed(model, choice, images=np.full((8, 16), 4.0))
+    even = timed(model, choice, rows=alike(1000, 4))
     assert even.seconds == pytest.approx(mean.seconds) and even.split["imbalance"] == pytest.approx(0)
-    drawn = timed(model, choice, images=drawn_images([0, 4, 12], [4, 4, 2], 8, 16))
+    drawn = timed(model, choice, rows=drawn_rows([*4 * [(1000, 0), (1000, 4)], *2 * [(1000, 12)]], 8, 16))
     assert drawn.seconds > mean.seconds and drawn.split["imbalance"] > 0
-    worst = timed(model, choice, images=np.full((8, 1), 12.0))
+    worst = timed(model, choice, rows=alike(1000, 12))
     assert worst.pipeline.busy[0, 0] - mean.pipeline.busy[0, 0] == pytest.approx(8 * 8 * 2e11 / FLOPS_PER_SECOND)
 
 
-def test_images_are_drawn_from_the_histogram_the_same_each_time() -> None:
-    first, second = (drawn_images([1, 5], [3, 1], 400, 64) for _ in range(2))
-    assert (first == second).all() and set(first.flat) == {1.0, 5.0}
-    assert (first == 5).mean() == pytest.approx(0.25, abs=0.02)
-    assert drawn_images([1], [1], 4, 100_000).shape[1] < 1000
+def test_the_cut_by_cost_is_followed_into_uneven_chunks() -> None:
+    choice = Choice(pipeline=4, chunks=2)
+    run = choice.apply(recipe("infimm-llama2-13b/pretrain"))
+    cut = with_layout(run)
+    layers = layers_of_chunks(cut.parallel, 40)
+    assert layers[0] != layers[4] and sum(layers[0::4]) == sum(layers[3::4])
+    row = PlannedRow((PlannedDocument(1000),), 1024)
+    mix = Mix(row, row, row, 64, 64_000.0, 0.0, 0.0, 0.0, ((1024, 0),), ())
+    profiles = MadeModel(layers=40).profiles(choice, 8)
+    efficiency = Calibration.load(CALIBRATION).of(CLUSTER.chip.name)
+    by_cost, by_hand = (judge_time(one, CLUSTER, mix, profiles, efficiency) for one in (run, cut))
+    assert by_cost.seconds == by_hand.seconds
+    # With equal chunks the first microbatch would be through sooner.
+    even = step_time(profiles, CLUSTER, run.parallel, 8, rate_of(run, CLUSTER, efficiency))
+    assert by_cost.seconds > even.seconds
+    known = replace(evaluated(MadeModel(layers=40), choice, CLUSTER), step=by_cost, microbatches=8)
+    (point,) = scale(run, [known], rate_of(run, CLUSTER, efficiency), gpus=[32])
+    assert point.evaluation is not None and point.evaluation.seconds == pytest.approx(by_hand.seconds)
+
+
+def test_rows_are_drawn_whole_and_the_same_each_time() -> None:
+    sizes = [(900, 1), (900, 1), (900, 1), (1200, 5)]
+    first, second = (drawn_rows(sizes, 400, 64) for _ in range(2))
+    assert (first.lengths == second.lengths).all() and (first.tiles == second.tiles).all()
+    assert set(zip(first.lengths.flat, first.tiles.flat, strict=True)) == {(900.0, 1.0), (1200.0, 5.0)}
+    assert (first.tiles == 5).mean() == pytest.approx(0.25, abs=0.02)
+    assert drawn_rows([(900, 1)], 4, 100_000).tiles.shape[1] < 1000
 
 
 def test_an_evaluation_says_what_fits_and_how_fast_it_is() -> None:
