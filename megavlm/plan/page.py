@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 from importlib.resources import files
@@ -57,28 +57,29 @@ def check_page_place(html: str) -> None:
         raise ConfigError("--html", html, "cannot be written", "name a file in a folder that exists")
 
 
-def write_page(plans: Sequence[PlanPage], html: str) -> str:
+def write_page(plans: Sequence[PlanPage], html: str, refused: Mapping[str, str] | None = None) -> str:
     """Write the page; what was written, in words."""
     check_page_place(html)
-    page = page_of(plans).encode("utf-8", "replace")
+    page = page_of(plans, refused).encode("utf-8", "replace")
     with atomic_file(Path(html)) as file:
         file.write(page)
     return f"the plan as a page: {html} ({len(page):,} bytes)"
 
 
-def page_of(plans: Sequence[PlanPage]) -> str:
-    """The whole page, of one stage or several."""
+def page_of(plans: Sequence[PlanPage], refused: Mapping[str, str] | None = None) -> str:
+    """The whole page, of one stage or several; `refused` are those that have no plan, and why."""
     style = (files("megavlm.plan") / "page_files" / "style.css").read_text(encoding="utf-8")
     digest = base64.b64encode(hashlib.sha256(style.encode()).digest()).decode()
     policy = f"default-src 'none'; style-src 'sha256-{digest}'; base-uri 'none'; form-action 'none'"
-    title = escape(f"Plan of {', '.join(plan.name for plan in plans)}")
-    body = "".join(_plan(plan, number) for number, plan in enumerate(plans, 1))
+    refused = refused or {}
+    title = escape(f"Plan of {', '.join([*(plan.name for plan in plans), *refused])}")
+    body = "".join(_plan(plan, number) for number, plan in enumerate(plans, 1)) + _refused(refused)
     return (
         '<!doctype html><html lang="en"><head><meta charset="utf-8">'
         f'<meta http-equiv="Content-Security-Policy" content="{policy}">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         f"<title>{title}</title><style>{style}</style></head>"
-        f"<body>{_patterns()}{_contents(plans)}<main>{body}</main></body></html>\n"
+        f"<body>{_patterns()}{_contents(plans, refused)}<main>{body}</main></body></html>\n"
     )
 
 
@@ -92,14 +93,25 @@ def _patterns() -> str:
     )
 
 
-def _contents(plans: Sequence[PlanPage]) -> str:
-    if len(plans) == 1:
+def _contents(plans: Sequence[PlanPage], refused: Mapping[str, str]) -> str:
+    if not plans or len(plans) + len(refused) == 1:
         return ""
-    hours = sum(plan.evaluation.hours(plan.steps) for plan in plans)
+    works = [plan for plan in plans if plan.evaluation.fits]
+    hours = sum(plan.evaluation.hours(plan.steps) for plan in works)
     gpus = plans[0].evaluation.cluster.gpus
     links = "".join(f'<li><a href="#plan-{n}">{escape(plan.name)}</a></li>' for n, plan in enumerate(plans, 1))
-    said = f"{_hours(hours)} in all, {hours * gpus:,.0f} GPU-hours"
+    stages = len(plans) + len(refused)
+    which = "in all" if len(works) == stages else f"in the {len(works)} of {stages} stages that work"
+    said = f"{_hours(hours)} {which}, {hours * gpus:,.0f} GPU-hours"
     return f'<nav aria-label="Stages"><ul>{links}</ul><p>{said}</p></nav>'
+
+
+def _refused(refused: Mapping[str, str]) -> str:
+    return "".join(
+        f'<article><header><h1>{escape(name)}</h1><p class="verdict bad">It has no plan: {escape(why)}.</p></header>'
+        "</article>"
+        for name, why in refused.items()
+    )
 
 
 def _plan(plan: PlanPage, number: int) -> str:

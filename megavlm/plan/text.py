@@ -2,19 +2,66 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from megavlm.build.run_config import RunConfig
-from megavlm.plan.cluster import GIB
+from megavlm.plan.cluster import GIB, Cluster
 from megavlm.plan.cost import Efficiency
 from megavlm.plan.evaluation import SLACK, Evaluation, needed_bytes
 from megavlm.plan.mix import Mix
+from megavlm.plan.planner import StagePlan
 from megavlm.plan.profile import MemoryUse, RowProfile
-from megavlm.plan.report import aligned, split_lines
+from megavlm.plan.report import aligned, scale_report, search_report, split_lines, wrapped
 from megavlm.plan.stage import COMMUNICATOR, CONTEXT
 
 MEMORY = ("weights", "gradients", "optimizer", "activations", "batch", "communication")
+
+
+def stage_report(plan: StagePlan, efficiency: Efficiency) -> str:
+    """All that is known of a stage: how its layout was found, the plan in it, other numbers of GPUs."""
+    parts = [search_report(plan.search, plan.asked)] if plan.search else []
+    if plan.layout_of:
+        parts.append(f"{plan.name}: the layout of {plan.layout_of}, in which the same parts learn")
+    if plan.evaluation and plan.mix:
+        parts.append(report(plan.run, plan.evaluation, plan.mix, efficiency))
+    if plan.scale:
+        parts.append(scale_report(plan.scale))
+    if plan.refused:
+        parts.append(f"{plan.name} has no plan: {plan.refused}")
+    return "\n\n".join(parts)
+
+
+def stages_report(model: str, plans: Sequence[StagePlan], cluster: Cluster) -> str:
+    """A line for each stage of a model, and what they come to."""
+    table = [("stage", "step s", "MFU", "hours", "days", "GPU-hours", "layout")]
+    for plan in plans:
+        one, name = plan.evaluation, plan.name.removeprefix(f"{model}/")
+        if one is None or plan.problem is not None:
+            table.append((name, *("-",) * 5, f"does not work: {one.misfit if one else plan.refused}"))
+            continue
+        time = (f"{plan.hours:,.1f}", f"{plan.hours / 24:.1f}", f"{plan.hours * cluster.gpus:,.0f}")
+        table.append((name, f"{one.seconds:.3g}", f"{one.mfu:.1%}", *time, one.choice.name))
+    works = [plan for plan in plans if plan.problem is None]
+    hours, floor = sum(plan.hours for plan in works), sum(plan.floor_hours for plan in works)
+    which = "all stages" if len(works) == len(plans) else f"the {len(works)} of {len(plans)} stages that work"
+    options = " ".join(_for_stage(plan, model) for plan in works if plan.options)
+    return "\n".join(
+        [
+            f"{model} on {cluster.name}:",
+            *aligned(table),
+            f"{hours:,.1f} hours ({hours / 24:.1f} days), {hours * cluster.gpus:,.0f} GPU-hours in {which}; at 100 % "
+            f"of the peak {floor:,.1f} hours ({floor / 24:.1f} days)",
+            *(["options of these layouts:", *wrapped(options, "  ")] if options else []),
+        ]
+    )
+
+
+def _for_stage(plan: StagePlan, model: str) -> str:
+    """A stage's options as `megavlm train MODEL` takes them."""
+    stage = plan.name.removeprefix(f"{model}/")
+    words = plan.options.split(" ")
+    return " ".join(f"{stage}:{word}" if word.startswith("--") or "=" in word else word for word in words)
 
 
 def report(run: RunConfig, evaluation: Evaluation, mix: Mix, efficiency: Efficiency) -> str:
@@ -99,8 +146,11 @@ def _starts(efficiency: Efficiency) -> list[str]:
     ]
 
 
-def as_json(run: RunConfig, evaluation: Evaluation, mix: Mix) -> dict[str, Any]:
+def as_json(plan: StagePlan, efficiency: Efficiency) -> dict[str, Any]:
     """The same as plain data; bytes, seconds and numbers."""
+    run, evaluation, mix = plan.run, plan.evaluation, plan.mix
+    if evaluation is None or mix is None:
+        return {"recipe": plan.name, "fits": False, "problem": str(plan.problem)}
     step = evaluation.step
     hours = evaluation.hours(run.train.train_iters)
     return {

@@ -49,6 +49,30 @@ def test_a_stage_in_a_given_layout() -> None:
     assert memory["total"] == sum(size for name, size in memory.items() if name != "total")
 
 
+def test_a_stage_that_does_not_work_costs_the_others_nothing() -> None:
+    layouts = ("--tensor-model-parallel-size", "2", "multitask:--tensor-model-parallel-size=3")
+    code, out, err = plan("infimm-tiny", "--cluster", "1x2xA100-80GB", *layouts)
+    reason = "parallel.tensor_model_parallel_size = 3: does not divide 4 attention heads"
+    assert code == 2 and err.count("\n") == 1 and f"error: infimm-tiny/multitask: {reason}" in err, err
+    assert f"infimm-tiny/multitask has no plan: {reason}" in out
+    for stage in ("pretrain", "finetune"):
+        assert f"infimm-tiny/{stage} on 1x2xA100-80GB: TP 2" in out
+    assert "GPU-hours in the 2 of 3 stages that work" in out
+    assert "finetune:--tensor-model-parallel-size 2" in out
+
+
+def test_the_stages_of_a_model_get_layouts_and_its_own_option_syntax() -> None:
+    asked = ("--cluster", "1x1xA100-80GB", "--stages", "2b,2a", "2b:--train-iters=7")
+    code, out, err = plan("aquila-vl-tiny", *asked)
+    assert code == 0, err
+    assert "3 layouts: 0 refused" in out and "aquila-vl-tiny/2b: the layout of aquila-vl-tiny/2a" in out
+    assert "\n7 steps: " in out and "2c" not in out and "GPU-hours in all stages" in out
+    code, out, err = plan("aquila-vl-tiny/2a", *asked[:4])
+    assert code == 2 and "--stages" in err
+    code, out, err = plan("infimm-tiny", *asked[:2], "pretrian:--train-iters=7")
+    assert code == 2 and "did you mean pretrain?" in err
+
+
 def test_prepared_data_take_the_place_of_assumptions(tmp_path: Path) -> None:
     write_tokenizer(tmp_path / "tokenizer")
     prepare_toy_data(tmp_path / "data", tmp_path / "tokenizer", samples={"pairs": 40, "documents": 1})

@@ -155,6 +155,11 @@ def test_one_stage_has_no_timeline_and_several_runs_have_contents(evaluation: Ev
     assert found.classes["timeline"] == 0 and found.tags["nav"] == 1 and found.tags["article"] == 2
 
 
+def test_a_stage_without_a_plan_is_told() -> None:
+    found = Elements(page_of([], {"a/b": f"80 {EVIL}"}))
+    assert found.classes["bad"] == 1 and f"It has no plan: 80 {EVIL}." in found.words and found.tags["script"] == 0
+
+
 def test_every_kind_of_memory_has_a_name_and_a_colour() -> None:
     assert set(MEMORY_NAMES) == {field.name for field in fields(MemoryUse)} | {SLACK_NAME}
 

@@ -47,6 +47,13 @@ def test_a_search_without_an_answer_says_why(found: SearchResult) -> None:
     assert "none of them works" in said and "each GPU needs" in said
 
 
+def test_a_search_that_was_cut_short_does_not_speak_for_what_it_left_out() -> None:
+    heavy = MadeModel(layers=40, layer_bytes=8 << 30)
+    choices = [Choice(tensor=t, sequence_parallel=t > 1) for t in (1, 2, 4)]
+    some = search(RUN, CLUSTER, lambda choice: evaluated(heavy, choice, CLUSTER, 80), choices=choices, most_traces=1)
+    assert "none of those that were traced works" in search_report(some, RUN)
+
+
 def test_scaling_has_a_line_for_each_size_and_names_limits() -> None:
     known: Evaluation = evaluated(MODEL, Choice(tensor=2, sequence_parallel=True), CLUSTER, 80)
     points = scale(RUN, [known], rate)
