@@ -17,7 +17,7 @@ from megavlm.plan.evaluation import Evaluation
 from megavlm.plan.judge import judge, rate_of
 from megavlm.plan.mix import Mix, mix_of
 from megavlm.plan.scale import ScalePoint, scale
-from megavlm.plan.search import MOST_TRACES, SearchResult, search, with_rows
+from megavlm.plan.search import MOST_TRACES, SearchResult, candidates, search, with_rows
 from megavlm.plan.step import drawn_images
 
 REMEDY = "use more tensor or pipeline parallelism, --recompute-granularity full, or shorter rows"
@@ -35,6 +35,10 @@ class Budget:
 ALONE = Budget(MOST_TRACES, 40.0)
 OF_SEVERAL = Budget(6, 20.0)
 """Of each stage where a whole model is planned: what it lacks, a plan of the stage by itself finds."""
+
+
+SCALE_SECONDS = 90.0
+"""After which no layout is traced for larger numbers of GPUs."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -165,12 +169,13 @@ class Planner:
         )
 
     def scaled(self, plan: StagePlan) -> StagePlan:
-        """With the judged layouts on other numbers of GPUs."""
+        """With the judged layouts on other numbers of GPUs, and further ones where those cannot use them."""
         if plan.evaluation is None or plan.mix is None:
             return plan
         mix = plan.mix
         known = [one.evaluation for one in plan.search.best] if plan.search else []
         values, counts = np.unique(mix.tiles_of_rows, return_counts=True)
+        began = time.monotonic()
         points = scale(
             plan.run,
             known or [plan.evaluation],
@@ -178,5 +183,38 @@ class Planner:
             images=lambda microbatches, copies: (
                 drawn_images(values, counts, microbatches, copies) if mix.tiles else None
             ),
+            further=lambda cluster, rows: self._further(
+                plan.run, mix, cluster, rows, lambda: time.monotonic() - began > SCALE_SECONDS
+            ),
         )
         return replace(plan, scale=points)
+
+    def _further(
+        self, run: RunConfig, mix: Mix, cluster: Cluster, rows: int, is_late: Callable[[], bool]
+    ) -> Evaluation | None:
+        """The most promising layout that fits with at most so many copies of the model."""
+        if is_late():
+            self.progress(f"{cluster.gpus:,} GPUs: the time for further layouts is up")
+            return None
+        fitting: list[Evaluation] = []
+
+        def evaluate(choice: Choice) -> Evaluation:
+            found = judge(choice.apply(run), cluster, mix, self.efficiency, choice)
+            fitting.extend([found] if found.fits else [])
+            return found
+
+        search(
+            run,
+            cluster,
+            evaluate,
+            choices=[choice for choice in candidates(run, cluster) if _shares(choice, cluster, rows)],
+            progress=lambda line: self.progress(f"{cluster.gpus:,} GPUs: {line.partition(': ')[2]}"),
+            is_late=lambda: bool(fitting) or is_late(),
+        )
+        return fitting[0] if fitting else None
+
+
+def _shares(choice: Choice, cluster: Cluster, rows: int) -> bool:
+    """Whether each copy gets a row, and, interleaved, microbatches that the stages take in turns."""
+    copies = choice.data_parallel(cluster.gpus)
+    return copies <= rows and (choice.chunks == 1 or -(-rows // copies) % choice.pipeline == 0)

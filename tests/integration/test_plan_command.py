@@ -73,6 +73,18 @@ def test_the_stages_of_a_model_get_layouts_and_its_own_option_syntax() -> None:
     assert code == 2 and "did you mean pretrain?" in err
 
 
+def test_scaling_cuts_the_model_further_and_ends_with_the_batch() -> None:
+    code, out, err = plan(
+        "infimm-tiny/pretrain", "--cluster", "1x8xA100-80GB", "--tensor-model-parallel-size", "2", "--scale"
+    )
+    assert code == 0, err
+    lines = out[out.index("the same global batch on more GPUs") :].splitlines()
+    rows = {line.split()[0]: line for line in lines if line.startswith("  ")}
+    assert {"8", "16", "32", "64", "4,096"} < set(rows)
+    assert "TP 4, PP 4" in rows["64"] and "the recipe's batch (" in rows["4,096"]
+    assert any(line.startswith("from ") and "the recipe's batch" in line for line in lines)
+
+
 def test_prepared_data_take_the_place_of_assumptions(tmp_path: Path) -> None:
     write_tokenizer(tmp_path / "tokenizer")
     prepare_toy_data(tmp_path / "data", tmp_path / "tokenizer", samples={"pairs": 40, "documents": 1})

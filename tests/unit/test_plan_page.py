@@ -112,7 +112,7 @@ def test_all_that_the_plan_says_is_there(evaluation: Evaluation) -> None:
         "Where a step's time goes",
         "16 does not divide",
         "fast infimm",
-        "128 copies of the model share 64 rows",
+        "64 rows for 128 copies of the model",
         "312 TFLOP/s",
         "rows of infimm",
     ):

@@ -60,8 +60,8 @@ def test_scaling_has_a_line_for_each_size_and_names_limits() -> None:
     said = scale_report(points)
     rows = {line.split()[0]: line for line in said.splitlines() if line.startswith("  ")}
     assert {f"{point.gpus:,}" for point in points} < set(rows)
-    assert "100%" in rows["8"] and "share 80 rows" in rows["256"] and "512" not in rows
-    assert "from " in said.splitlines()[-1] or "computing" in said.splitlines()[-1]
+    assert "100%" in rows["8"] and "the recipe's batch (80 rows for 128 copies" in rows["256"] and "4,096" in rows
+    assert said.splitlines()[-1].startswith("from 256 GPUs on: the recipe's batch")
 
 
 def test_the_split_of_a_step_lists_all_that_takes_time() -> None:
