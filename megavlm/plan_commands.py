@@ -14,13 +14,14 @@ from megavlm.build.run_config import RunConfig
 from megavlm.curriculum.options import chosen_stages, parse_stage_options, words_of_stages
 from megavlm.errors import ConfigError, LayoutError, MegavlmError
 from megavlm.options import parse_options, take_options
+from megavlm.plan.as_data import as_data
 from megavlm.plan.calibrate import calibrate
 from megavlm.plan.cluster import Cluster, parse_cluster
 from megavlm.plan.cost import CALIBRATION, Calibration, Efficiency
 from megavlm.plan.page import PlanPage, check_page_place, write_page
 from megavlm.plan.planner import ALONE, OF_SEVERAL, Planner, StagePlan
-from megavlm.plan.text import as_json, assumptions, stage_report, stages_report
-from megavlm.recipes import recipe, stages_of
+from megavlm.plan.text import assumptions, stage_report, stages_report
+from megavlm.recipes import is_of_a_paper, recipe, stages_of
 
 HELP = ("-h", "--help")
 USAGE = """usage: megavlm plan RECIPE[/stage] --cluster NODESxGPUSxCHIP [--data DIR] [--calibration FILE] [--json] ...
@@ -37,13 +38,17 @@ Nothing is read but, with --data, the indexes of prepared data sets, and no GPU 
   --calibration FILE        what kernels reach of each chip, in place of megavlm's own figures
   --scale                   time and MFU from 8 to 4,096 GPUs as well, and what limits them
   --html FILE               the plan as a page: memory, timeline, time, layouts
-  --json                    plain data
+  --json                    plain data (docs/plan_json.md names its fields)
   --calibrate FILE          measure this machine's CPU for half a minute, with the threads that a run would have
                             (OMP_NUM_THREADS), and write it as a YAML file that --cluster takes"""
 
 CALIBRATE = "--calibrate"
 LAYOUT_WORDS = ("-model-parallel-", "--num-virtual-stages", "sequence-parallel", "--vision-over", "--recompute-",
                 "--micro-batch-size", "parallel.", "recompute.")  # fmt: skip
+
+UNPUBLISHED = (
+    "no duration of this run was published, neither hours nor throughput: the plan can be judged plausible, not right"
+)
 
 
 class _Asked(NamedTuple):
@@ -85,7 +90,7 @@ def plan(arguments: list[str]) -> int:
     if "--html" in own:
         print(_write_page(plans, efficiency, own["--html"]), file=sys.stderr)
     if "--json" in own:
-        print(json.dumps([as_json(one, efficiency) for one in plans], indent=1))
+        print(json.dumps(as_data(name, plans, cluster, efficiency), indent=1))
     elif stages_of(name):
         print(stages_report(name, plans, cluster))
     _refuse(plans, cluster)
@@ -126,7 +131,8 @@ def _planned(planner: Planner, asked: _Asked, is_one_of_several: bool, is_scaled
         if not is_one_of_several:
             raise
         plan = StagePlan(name=asked.name, asked=asked.run, run=asked.run, refused=error)
-    plan = replace(plan, options=" ".join([shlex.join(asked.words), plan.options]).strip())
+    options = " ".join([shlex.join(asked.words), plan.options]).strip()
+    plan = replace(plan, options=options, notes=(UNPUBLISHED,) if is_of_a_paper(asked.name) else ())
     return planner.scaled(plan) if is_scaled else plan
 
 
@@ -153,10 +159,10 @@ def _write_page(plans: Sequence[StagePlan], efficiency: Efficiency, html: str) -
             options=one.options,
             search=one.search,
             scale=one.scale,
-            assumptions=assumptions(one.mix, efficiency),
+            assumptions=[*one.notes, *assumptions(one, efficiency)],
         )
         for one in plans
-        if one.evaluation is not None and one.mix is not None
+        if one.evaluation is not None
     ]
     return write_page(pages, html, {one.name: str(one.refused) for one in plans if one.refused is not None})
 

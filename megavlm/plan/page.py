@@ -138,6 +138,7 @@ def _head(plan: PlanPage) -> str:
         (f"{one.images_per_second:,.0f}", "images or tiles a second"),
         (_hours(hours), f"for {plan.steps:,} steps"),
         (f"{hours * one.cluster.gpus:,.0f}", "GPU-hours"),
+        (_hours(hours * one.mfu), "at 100 % of the peak"),
         (f"{one.needed / GIB:.1f} of {have:.1f} GiB", "on the fullest GPU"),
     ]
     settings = [
@@ -159,7 +160,7 @@ def _head(plan: PlanPage) -> str:
 
 
 def _hours(hours: float) -> str:
-    return f"{hours / 24:,.1f} days" if hours >= 48 else f"{hours:,.1f} hours"
+    return f"{hours:,.1f} hours ({hours / 24:,.1f} days)"
 
 
 def _memory(one: Evaluation) -> str:

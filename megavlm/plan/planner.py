@@ -58,6 +58,8 @@ class StagePlan:
     layout_of: str | None = None
     """The stage before whose layout was taken, since the same parts of the model learn."""
     scale: Sequence[ScalePoint] = ()
+    notes: tuple[str, ...] = ()
+    """What else is to be known of it."""
     refused: MegavlmError | None = None
     """Why it could not be judged at all."""
 
@@ -81,6 +83,23 @@ class StagePlan:
     def floor_hours(self) -> float:
         """The same if the chips reached their peak all the time."""
         return self.hours * self.evaluation.mfu if self.evaluation else 0.0
+
+
+@dataclass(frozen=True)
+class Totals:
+    """What the stages that work come to."""
+
+    works: int
+    hours: float
+    floor_hours: float
+    gpu_hours: float
+
+    @classmethod
+    def of(cls, plans: Sequence[StagePlan], cluster: Cluster) -> Totals:
+        """Of a model's stages."""
+        works = [plan for plan in plans if plan.problem is None]
+        hours = sum(plan.hours for plan in works)
+        return cls(len(works), hours, sum(plan.floor_hours for plan in works), hours * cluster.gpus)
 
 
 @dataclass

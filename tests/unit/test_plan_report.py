@@ -5,13 +5,19 @@ from __future__ import annotations
 import pytest
 from plan_profiles import MadeModel, evaluated, rate
 
+from megavlm import cli
+from megavlm.errors import ConfigError
 from megavlm.plan.choice import Choice
 from megavlm.plan.cluster import parse_cluster
+from megavlm.plan.cost import Efficiency
 from megavlm.plan.evaluation import Evaluation
+from megavlm.plan.mix import mix_of
+from megavlm.plan.planner import StagePlan
 from megavlm.plan.report import NAMES, scale_report, search_report, split_lines
 from megavlm.plan.scale import scale
 from megavlm.plan.search import SearchResult, search
 from megavlm.plan.step import SPLIT
+from megavlm.plan.text import stage_report, stages_report
 from megavlm.recipes import recipe
 
 RUN = recipe("infimm-llama2-13b/pretrain").override("parallel.tensor_model_parallel_size=4")
@@ -70,3 +76,27 @@ def test_the_split_of_a_step_lists_all_that_takes_time() -> None:
     assert len(lines) == sum(seconds > 0 for seconds in step.split.values())
     assert "decoder" in lines[0] and "100% matmul" in lines[0]
     assert set(NAMES) == set(SPLIT)
+
+
+def test_a_plan_gives_days_beside_hours_for_the_floor_too_and_what_was_not_published() -> None:
+    run = recipe("decoder-tiny")
+    one = evaluated(MODEL, Choice(tensor=8, sequence_parallel=True), CLUSTER, 80)
+    plan = StagePlan(name="a/b", asked=run, run=run, evaluation=one, mix=mix_of(run, False), notes=("nobody said.",))
+    said = stage_report(plan, Efficiency(matmul=0.7, attention=0.5, memory=0.9))
+    hours, floor = plan.hours, plan.hours * one.mfu
+    assert f": {hours:,.1f} hours ({hours / 24:,.1f} days), " in said and "\nnobody said.\n" in said
+    assert f"at 100 % of the peak {floor:,.1f} hours ({floor / 24:,.1f} days)" in said
+    refused = StagePlan(
+        name="a/c", asked=run, run=run, refused=ConfigError("x", 1, "is bad", "use 2"), notes=plan.notes
+    )
+    both = stages_report("a", [plan, refused], CLUSTER)
+    assert both.count("nobody said.") == 1 and "x = 1: is bad; use 2" in both
+    assert f"({hours / 24:,.1f} days), {hours * 8:,.0f} GPU-hours in the 1 of 2 stages that work; at 100 %" in both
+
+
+def test_of_the_papers_runs_a_plan_says_that_no_duration_was_published(capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ("infimm-zephyr-7b", "aquila-vl-2b"):
+        assert cli.main(["plan", name, "--cluster", "1x8xH100", "--tensor-model-parallel-size", "3"]) == 2
+        assert "neither hours nor throughput: the plan can be judged plausible" in capsys.readouterr().out
+    assert cli.main(["plan", "infimm-tiny", "--cluster", "1x8xH100", "--tensor-model-parallel-size", "3"]) == 2
+    assert "published" not in capsys.readouterr().out
