@@ -14,6 +14,7 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from datetime import date
 from pathlib import Path
 
 import pytest
@@ -21,6 +22,7 @@ import torch
 
 from megavlm import cli
 from megavlm.batch import IGNORED, TextBatch
+from megavlm.bench import report
 from megavlm.bench import run as bench
 from megavlm.bench.checkpoint import Needs
 from megavlm.bench.harness import (
@@ -225,6 +227,40 @@ def test_what_fails_or_is_skipped_leaves_the_rest(
     assert printed.out.startswith("elsewhere: skipped: needs a GPU\n") and "made-up" in printed.out
     assert "no row: broken: RuntimeError: out of memory\n" in printed.err and "big" not in printed.err
     assert bench.run(["elsewhere"]) == 0
+
+
+def test_a_checkout_keeps_the_rows_by_machine_and_day(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    @contextmanager
+    def right(quick: bool) -> Iterator[Comparison]:
+        yield comparison(passes(0.1), passes(0.1))
+
+    @contextmanager
+    def wrong(quick: bool) -> Iterator[Comparison]:
+        yield comparison(passes(0.1), passes(0.1, loss=3.0))
+
+    monkeypatch.setattr(bench, "BENCHMARKS", {"right": right, "wrong": wrong})
+    monkeypatch.setattr(report, "kept_place", lambda: tmp_path)
+    assert cli.main(["bench", "--quick"]) == 1 and not list(tmp_path.iterdir())
+    assert cli.main(["bench", "--only", "wrong"]) == 1 and not list(tmp_path.iterdir())
+    capsys.readouterr()
+    assert cli.main(["bench"]) == 1
+    kept = tmp_path / report.file_name(machine(), date.today())
+    assert capsys.readouterr().out.endswith(f"the rows are in {kept}\n")
+    assert cli.main(["bench", "--only", "right"]) == 0 and len(json.loads(kept.read_text())) == 2
+    elsewhere = tmp_path / "mine.json"
+    assert cli.main(["bench", "--only", "right", "--out", str(elsewhere)]) == 0
+    assert len(json.loads(kept.read_text())) == 2 and len(json.loads(elsewhere.read_text())) == 1
+
+
+def test_the_file_of_a_machine_is_named_by_its_gpu_and_the_day() -> None:
+    day = date(2026, 5, 31)
+    assert report.file_name({"cpu": "AMD EPYC 7B13 (64-Core)"}, day) == "amd-epyc-7b13-64-core-2026-05-31.json"
+    facts: dict[str, str | int] = {"cpu": "any", "gpu": "NVIDIA H100 80GB HBM3"}
+    assert report.file_name(facts, day) == "nvidia-h100-80gb-hbm3-2026-05-31.json"
+    place = report.kept_place()
+    assert place is None or (place / "data-path.json").is_file()
 
 
 def test_a_time_limit_loses_no_row(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
