@@ -127,6 +127,7 @@ def _search(found: SearchResult, run: RunConfig) -> dict[str, Any]:
         "refused": found.refused,
         "traced": found.traced,
         "untried": found.untried,
+        "row_tokens": found.row_tokens,
         "best": [
             {"layout": _layout(one.evaluation.choice, run), **_judged(one.evaluation), "reason": one.reason}
             for one in found.best

@@ -18,7 +18,7 @@ from megavlm.errors import ConfigError
 from megavlm.plan.cluster import GIB, Cluster
 from megavlm.plan.evaluation import SLACK, Evaluation, needed_bytes
 from megavlm.plan.page_drawings import SLACK_NAME, bar, memory_parts, memory_scale, scale_chart, timeline
-from megavlm.plan.report import NAMES
+from megavlm.plan.report import NAMES, kept_rows
 from megavlm.plan.scale import ScalePoint, limits_named
 from megavlm.plan.search import SearchResult
 from megavlm.plan.step import PARTS
@@ -263,6 +263,9 @@ def _layouts(found: SearchResult) -> str:
         f'<p class="note">{found.considered:,} layouts: {found.refused:,} refused without a trace, {found.traced:,} '
         f"traced, {found.untried:,} left untried.</p>"
     )
+    if found.row_tokens is not None:
+        said = kept_rows(found.row_tokens)
+        note += f'<p class="note">{said[0].upper()}{said[1:]}.</p>'
     return best + failed + note
 
 

@@ -45,7 +45,17 @@ def search_report(found: SearchResult, run: RunConfig) -> str:
         lines += ["", "what does not work:"]
         for failure in found.failures:
             lines += wrapped(f"{failure.choice.name}: {failure.reason}", "  ")
+    if found.row_tokens is not None:
+        lines += ["", *wrapped(kept_rows(found.row_tokens), "")]
     return "\n".join(lines)
+
+
+def kept_rows(tokens: int) -> str:
+    """What takes the place of the micro-batch where rows are packed, and is not searched."""
+    return (
+        f"not searched: a microbatch is one packed row, of at most {tokens:,} tokens as the run has it; longer or "
+        "shorter ones are planned with data.rows.max_tokens=N"
+    )
 
 
 def _best(found: SearchResult) -> Iterator[str]:

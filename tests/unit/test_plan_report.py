@@ -7,6 +7,7 @@ from plan_profiles import MadeModel, evaluated, rate
 
 from megavlm import cli
 from megavlm.errors import ConfigError
+from megavlm.options import parse_options
 from megavlm.plan.choice import Choice
 from megavlm.plan.cluster import parse_cluster
 from megavlm.plan.cost import Efficiency
@@ -44,6 +45,19 @@ def test_a_search_says_what_is_best_why_and_how_to_ask_for_it(found: SearchResul
     asked = words[1 : 1 + len(found.best[0].evaluation.choice.options(RUN).split())]
     assert asked and asked == found.best[0].evaluation.choice.options(RUN).split()
     assert "TP 16" in said and "more than there are" in said
+
+
+def test_of_packed_rows_it_is_said_that_their_length_was_kept_and_how_to_change_it(found: SearchResult) -> None:
+    assert RUN.data is not None and found.row_tokens == RUN.data.rows.max_tokens
+    said = " ".join(search_report(found, RUN).split())
+    assert "one packed row, of at most 2,048 tokens" in said and "data.rows.max_tokens=N" in said
+    other = parse_options(RUN, ["data.rows.max_tokens=1024"])
+    assert other.data is not None and other.data.rows.max_tokens == 1024
+    toys = recipe("decoder-tiny")
+    model = MadeModel(layers=toys.decoder.num_layers)
+    choices = [Choice(micro_batch=2)]
+    small = search(toys, CLUSTER, lambda choice: evaluated(model, choice, CLUSTER, 80), choices=choices)
+    assert small.row_tokens is None and "max_tokens" not in search_report(small, toys)
 
 
 def test_a_search_without_an_answer_says_why(found: SearchResult) -> None:
