@@ -17,7 +17,8 @@ from megavlm.options import parse_options, take_options
 from megavlm.plan.as_data import as_data
 from megavlm.plan.calibrate import calibrate
 from megavlm.plan.cluster import Cluster, parse_cluster
-from megavlm.plan.cost import CALIBRATION, Calibration, Efficiency
+from megavlm.plan.cost import CALIBRATION, Calibration, Decoding, Efficiency
+from megavlm.plan.loading import loading_lines
 from megavlm.plan.page import PlanPage, check_page_place, write_page
 from megavlm.plan.planner import ALONE, OF_SEVERAL, Planner, StagePlan
 from megavlm.plan.text import assumptions, stage_report, stages_report
@@ -81,16 +82,19 @@ def plan(arguments: list[str]) -> int:
         check_page_place(own["--html"])  # before minutes are spent on what it is to show
     efficiency = _efficiency(cluster, own.get("--calibration"))
     asked = _asked(name, options, own.get("--stages"), own.get("--data"))
-    planner = Planner(cluster, efficiency, "--data" in own, lambda line: print(line, file=sys.stderr, flush=True))
+    decoding = _decoding(own.get("--calibration"))
+    planner = Planner(
+        cluster, efficiency, decoding, "--data" in own, lambda line: print(line, file=sys.stderr, flush=True)
+    )
     plans = []
     for one in asked:
         plans.append(_planned(planner, one, bool(stages_of(name)), "--scale" in own))
         if "--json" not in own:
-            print(stage_report(plans[-1], efficiency), end="\n\n", flush=True)
+            print(stage_report(plans[-1], efficiency, decoding), end="\n\n", flush=True)
     if "--html" in own:
-        print(_write_page(plans, efficiency, own["--html"]), file=sys.stderr)
+        print(_write_page(plans, planner, own["--html"]), file=sys.stderr)
     if "--json" in own:
-        print(json.dumps(as_data(name, plans, cluster, efficiency), indent=1))
+        print(json.dumps(as_data(name, plans, cluster, efficiency, decoding), indent=1))
     elif stages_of(name):
         print(stages_report(name, plans, cluster))
     _refuse(plans, cluster)
@@ -150,7 +154,7 @@ def _refuse(plans: Sequence[StagePlan], cluster: Cluster) -> None:
         raise LayoutError("--cluster", cluster.name, problem, "each is told above, with its reason and remedy")
 
 
-def _write_page(plans: Sequence[StagePlan], efficiency: Efficiency, html: str) -> str:
+def _write_page(plans: Sequence[StagePlan], planner: Planner, html: str) -> str:
     pages = [
         PlanPage(
             name=one.name,
@@ -159,7 +163,8 @@ def _write_page(plans: Sequence[StagePlan], efficiency: Efficiency, html: str) -
             options=one.options,
             search=one.search,
             scale=one.scale,
-            assumptions=[*one.notes, *assumptions(one, efficiency)],
+            loading=list(loading_lines(one.loading)) if one.loading else [],
+            assumptions=[*one.notes, *assumptions(one, planner.efficiency, planner.decoding)],
         )
         for one in plans
         if one.evaluation is not None
@@ -172,6 +177,14 @@ def _efficiency(cluster: Cluster, calibration: str | None) -> Efficiency:
     if calibration is None and cluster.efficiency is not None:
         return cluster.efficiency
     return Calibration.load(calibration or CALIBRATION).of(cluster.chip.name)
+
+
+def _decoding(calibration: str | None) -> Decoding:
+    """What a CPU core decodes: as a given file says, or as was measured."""
+    given = Calibration.load(calibration).decoding if calibration else None
+    found = given or Calibration.load(CALIBRATION).decoding
+    assert found is not None
+    return found
 
 
 def _calibrate(arguments: list[str]) -> int:

@@ -8,8 +8,9 @@ from typing import Any
 from megavlm.build.run_config import RunConfig
 from megavlm.plan.choice import Choice
 from megavlm.plan.cluster import Cluster
-from megavlm.plan.cost import Efficiency
+from megavlm.plan.cost import Decoding, Efficiency
 from megavlm.plan.evaluation import SLACK, Evaluation
+from megavlm.plan.loading import Loading
 from megavlm.plan.planner import StagePlan, Totals
 from megavlm.plan.profile import RowProfile, StageProfile
 from megavlm.plan.scale import ScalePoint
@@ -17,7 +18,9 @@ from megavlm.plan.search import SearchResult
 from megavlm.plan.text import MEMORY, assumptions
 
 
-def as_data(name: str, plans: Sequence[StagePlan], cluster: Cluster, efficiency: Efficiency) -> dict[str, Any]:
+def as_data(
+    name: str, plans: Sequence[StagePlan], cluster: Cluster, efficiency: Efficiency, decoding: Decoding
+) -> dict[str, Any]:
     """A run, or all stages of a model."""
     totals = Totals.of(plans, cluster)
     return {
@@ -25,7 +28,7 @@ def as_data(name: str, plans: Sequence[StagePlan], cluster: Cluster, efficiency:
         "cluster": cluster.name,
         "gpus": cluster.gpus,
         "memory_of_gpu": cluster.chip.memory_bytes,
-        "stages": [_stage(plan, efficiency) for plan in plans],
+        "stages": [_stage(plan, efficiency, decoding) for plan in plans],
         "totals": {
             "stages": len(plans),
             "do_not_work": [plan.name for plan in plans if plan.problem is not None],
@@ -45,7 +48,7 @@ def _hours(hours: float, floor: float, gpus: int) -> dict[str, float]:
     }
 
 
-def _stage(plan: StagePlan, efficiency: Efficiency) -> dict[str, Any]:
+def _stage(plan: StagePlan, efficiency: Efficiency, decoding: Decoding) -> dict[str, Any]:
     """A stage; one that could not be judged lacks what follows from that."""
     found: dict[str, Any] = {
         "recipe": plan.name,
@@ -76,11 +79,25 @@ def _stage(plan: StagePlan, efficiency: Efficiency) -> dict[str, Any]:
         "tokens_per_second": one.tokens_per_second,
         "images_per_second": one.images_per_second,
         "mfu": one.mfu,
+        "loader": None if plan.loading is None else _loader(plan.loading),
         "steps": plan.steps,
         **_hours(plan.hours, plan.floor_hours, one.cluster.gpus),
         "notes": list(plan.notes),
-        "assumptions": assumptions(plan, efficiency),
+        "assumptions": assumptions(plan, efficiency, decoding),
         "assumed_of_data": list(mix.assumptions),
+    }
+
+
+def _loader(loading: Loading) -> dict[str, float]:
+    return {
+        "pictures_per_second_of_gpu": loading.pictures_per_second,
+        "tiles_per_second_of_gpu": loading.tiles_per_second,
+        "pictures_per_second_of_node": loading.gpus_of_node * loading.pictures_per_second,
+        "tiles_per_second_of_node": loading.gpus_of_node * loading.tiles_per_second,
+        "cores_needed": loading.needed,
+        "threads": loading.threads,
+        "cores_per_gpu": loading.cores,
+        "waits_seconds": loading.waits,
     }
 
 

@@ -40,6 +40,8 @@ class Mix:
     """Of each row that was looked at."""
     assumptions: tuple[str, ...]
     """What was assumed of the data; empty where prepared data say it."""
+    pictures: float = 0.0
+    """Of a step, each perhaps several tiles."""
 
 
 def mix_of(run: RunConfig, from_data: bool) -> Mix:
@@ -67,6 +69,7 @@ def _summary(steps: Sequence[Sequence[PlannedRow]], assumptions: tuple[str, ...]
         tiles=sum(row.tiles for row in rows) / len(steps),
         tiles_of_rows=tuple(row.tiles for row in rows),
         assumptions=assumptions,
+        pictures=sum(len(row.pictures) for row in rows) / len(steps),
     )
 
 

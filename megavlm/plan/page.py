@@ -47,6 +47,8 @@ class PlanPage:
     """As they would be typed behind `megavlm train RECIPE`."""
     search: SearchResult | None = None
     scale: Sequence[ScalePoint] = ()
+    loading: Sequence[str] = ()
+    """What the input pipeline must deliver, a sentence each."""
     assumptions: Sequence[str] = ()
 
 
@@ -117,7 +119,7 @@ def _refused(refused: Mapping[str, str]) -> str:
 def _plan(plan: PlanPage, number: int) -> str:
     sections = [
         ("Memory of a GPU", _memory(plan.evaluation)),
-        ("Where a step's time goes", _time(plan.evaluation)),
+        ("Where a step's time goes", _time(plan.evaluation) + _notes(plan.loading)),
         ("The pipeline", _pipeline(plan.evaluation)),
         ("Layouts", _layouts(plan.search) if plan.search else ""),
         ("More GPUs, the same batch", _scale(plan.scale) if plan.scale else ""),
@@ -215,6 +217,10 @@ def _time(one: Evaluation) -> str:
     )
 
 
+def _notes(lines: Sequence[str]) -> str:
+    return "".join(f'<p class="note">{escape(line[:1].upper() + line[1:])}.</p>' for line in lines)
+
+
 _KINDS = {"matmul": "products", "attention": "attention", "memory": "memory bandwidth", "comm": "the network"}
 _GROUPS = {"tp": "tensor-parallel", "dp": "data-parallel", "pp": "pipeline", "mp": "model-parallel", "world": "all"}
 
@@ -223,7 +229,8 @@ def _waits(one: Evaluation, name: str) -> str:
     if name == "communication":
         groups = sorted(one.step.groups.items(), key=lambda pair: -pair[1])
         return ", ".join(f"{_GROUPS.get(group, group)} {seconds:.3f} s" for group, seconds in groups if seconds > 5e-4)
-    return {"bubble": "other stages", "messages": "what other stages send", "imbalance": "the slowest replica"}[name]
+    waits = {"bubble": "other stages", "messages": "what other stages send", "imbalance": "the slowest replica"}
+    return {**waits, "data": "CPU cores that read and decode"}[name]
 
 
 def _pipeline(one: Evaluation) -> str:
@@ -264,8 +271,7 @@ def _layouts(found: SearchResult) -> str:
         f"traced, {found.untried:,} left untried.</p>"
     )
     if found.row_tokens is not None:
-        said = kept_rows(found.row_tokens)
-        note += f'<p class="note">{said[0].upper()}{said[1:]}.</p>'
+        note += _notes([kept_rows(found.row_tokens)])
     return best + failed + note
 
 

@@ -12,9 +12,10 @@ from megavlm.build.run_config import RunConfig
 from megavlm.errors import LayoutError, MegavlmError
 from megavlm.plan.choice import Choice
 from megavlm.plan.cluster import Cluster
-from megavlm.plan.cost import Efficiency
+from megavlm.plan.cost import Decoding, Efficiency
 from megavlm.plan.evaluation import Evaluation
 from megavlm.plan.judge import judge, rate_of
+from megavlm.plan.loading import Loading, loading_of, with_loading
 from megavlm.plan.mix import Mix, mix_of
 from megavlm.plan.scale import ScalePoint, scale
 from megavlm.plan.search import MOST_TRACES, SearchResult, candidates, search, with_rows
@@ -54,6 +55,7 @@ class StagePlan:
     """That ask for it, as typed behind `megavlm train RECIPE`."""
     evaluation: Evaluation | None = None
     mix: Mix | None = None
+    loading: Loading | None = None
     search: SearchResult | None = None
     layout_of: str | None = None
     """The stage before whose layout was taken, since the same parts of the model learn."""
@@ -108,6 +110,7 @@ class Planner:
 
     cluster: Cluster
     efficiency: Efficiency
+    decoding: Decoding
     from_data: bool
     progress: Callable[[str], None] = lambda _: None
     _found: dict[tuple[str, ...], tuple[str, Choice]] = field(default_factory=dict)
@@ -116,7 +119,8 @@ class Planner:
     def given(self, name: str, run: RunConfig) -> StagePlan:
         """In the run's own layout."""
         evaluation, mix = self.judged(run)
-        return StagePlan(name=name, asked=run, run=run, evaluation=evaluation, mix=mix)
+        loading = loading_of(run, evaluation, mix, self.decoding)
+        return StagePlan(name=name, asked=run, run=run, evaluation=evaluation, mix=mix, loading=loading)
 
     def found(self, name: str, run: RunConfig, budget: Budget = ALONE) -> StagePlan:
         """In the layout of a stage before where the same parts learn and it fits; else in the fastest that is found."""
@@ -133,7 +137,7 @@ class Planner:
     def judged(self, run: RunConfig, choice: Choice | None = None) -> tuple[Evaluation, Mix]:
         """The run in its own layout, which `choice` asked for."""
         mix = mix_of(run, self.from_data)
-        return judge(run, self.cluster, mix, self.efficiency, choice), mix
+        return with_loading(run, judge(run, self.cluster, mix, self.efficiency, choice), mix, self.decoding), mix
 
     def _in_layout(
         self,
@@ -144,13 +148,15 @@ class Planner:
         layout_of: str | None = None,
     ) -> StagePlan:
         chosen = evaluation.choice.apply(run)
+        mix = mix_of(chosen, self.from_data)
         return StagePlan(
             name=name,
             asked=run,
             run=chosen,
             options=evaluation.choice.options(run),
             evaluation=evaluation,
-            mix=mix_of(chosen, self.from_data),
+            mix=mix,
+            loading=loading_of(chosen, evaluation, mix, self.decoding),
             search=search,
             layout_of=layout_of,
         )
@@ -205,6 +211,7 @@ class Planner:
             further=lambda cluster, rows: self._further(
                 plan.run, mix, cluster, rows, lambda: time.monotonic() - began > SCALE_SECONDS
             ),
+            finished=lambda one: with_loading(plan.run, one, mix, self.decoding),
         )
         return replace(plan, scale=points)
 

@@ -29,6 +29,7 @@ Images = Callable[[int, int], Floats | None]
 Further = Callable[[Cluster, int], Evaluation | None]
 """(cluster, rows of a step) -> a layout judged there, of at most so many copies of the model; none: there is none. Its
 rows are as full as those of the first layout that is known."""
+Finished = Callable[[Evaluation], Evaluation]
 
 
 @dataclass(frozen=True)
@@ -66,9 +67,10 @@ def scale(
     images: Images = lambda microbatches, replicas: None,
     gpus: Sequence[int] | None = None,
     further: Further = lambda cluster, rows: None,
+    finished: Finished = lambda one: one,
 ) -> list[ScalePoint]:
     """The fastest of the judged layouts at each number of GPUs; where all of them have more copies than rows, of those
-    that `further` judges."""
+    that `further` judges. `finished` adds what is not the model's: what it waits for data."""
     assert evaluations
     cluster = evaluations[0].cluster
     known = [_Known(one, one.microbatches * _copies(one, cluster.gpus)) for one in evaluations]
@@ -79,13 +81,14 @@ def scale(
         if all(_copies(one.evaluation, count) > one.rows for one in known):
             more = further(larger, rows)
             known += [_Known(more, rows)] if more else []
-        points.append(_point(run, known, larger, rate, images))
+        points.append(_point(known, [_again(run, one, larger, rate, images) for one in known], larger, finished))
     return list(_with_efficiency(points))
 
 
-def _point(run: RunConfig, known: Sequence[_Known], cluster: Cluster, rate: Rate, images: Images) -> ScalePoint:
-    timed = [_again(run, one, cluster, rate, images) for one in known]
-    found = [one for one in timed if isinstance(one, Evaluation)]
+def _point(
+    known: Sequence[_Known], timed: Sequence[Evaluation | str], cluster: Cluster, finished: Finished
+) -> ScalePoint:
+    found = [finished(one) for one in timed if isinstance(one, Evaluation)]
     if found:
         fastest = min(found, key=lambda one: one.seconds)
         return ScalePoint(cluster.gpus, fastest, limit(fastest.step))
@@ -114,6 +117,7 @@ def limit(step: StepTime) -> str:
         "messages between stages": step.split[MESSAGES],
         "replicas with more images": step.split[IMBALANCE],
         "the optimizer": step.split["optimizer"],
+        "reading and decoding pictures": step.split["data"],
     }
     names = {"dp": "data-parallel messages", "tp": "tensor-parallel messages"}
     for group, seconds in step.groups.items():

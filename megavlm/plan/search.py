@@ -305,6 +305,7 @@ def reason(evaluation: Evaluation, fastest: Evaluation) -> str:
         "bubble": step.share(BUBBLE),
         "messages between stages": step.share(MESSAGES),
         "uneven images": step.share(IMBALANCE),
+        "waiting for data": step.share("data"),
         **{f"{_GROUPS.get(name, name)} messages": part / step.seconds for name, part in step.groups.items()},
     }
     worth_saying = sorted(((name, share) for name, share in losses.items() if share >= 0.01), key=lambda pair: -pair[1])

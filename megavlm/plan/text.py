@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from megavlm.plan.cluster import GIB, Cluster
-from megavlm.plan.cost import Efficiency
+from megavlm.plan.cost import Decoding, Efficiency
 from megavlm.plan.evaluation import SLACK, Evaluation, needed_bytes
+from megavlm.plan.loading import loading_assumptions, loading_lines
 from megavlm.plan.mix import Mix
 from megavlm.plan.planner import StagePlan, Totals
 from megavlm.plan.profile import MemoryUse
@@ -16,13 +17,13 @@ from megavlm.plan.stage import COMMUNICATOR, CONTEXT
 MEMORY = ("weights", "gradients", "optimizer", "activations", "batch", "communication")
 
 
-def stage_report(plan: StagePlan, efficiency: Efficiency) -> str:
+def stage_report(plan: StagePlan, efficiency: Efficiency, decoding: Decoding) -> str:
     """All that is known of a stage: how its layout was found, the plan in it, other numbers of GPUs."""
     parts = [search_report(plan.search, plan.asked)] if plan.search else []
     if plan.layout_of:
         parts.append(f"{plan.name}: the layout of {plan.layout_of}, in which the same parts learn")
     if plan.evaluation and plan.mix:
-        parts.append(report(plan, plan.evaluation, plan.mix, efficiency))
+        parts.append(report(plan, plan.evaluation, plan.mix, efficiency, decoding))
     if plan.scale:
         parts.append(scale_report(plan.scale))
     if plan.refused:
@@ -67,7 +68,7 @@ def _for_stage(plan: StagePlan, model: str) -> str:
     return " ".join(f"{stage}:{word}" if word.startswith("--") or "=" in word else word for word in words)
 
 
-def report(plan: StagePlan, evaluation: Evaluation, mix: Mix, efficiency: Efficiency) -> str:
+def report(plan: StagePlan, evaluation: Evaluation, mix: Mix, efficiency: Efficiency, decoding: Decoding) -> str:
     """What a judged stage takes and needs."""
     gpus = evaluation.cluster.gpus
     lines = [
@@ -79,9 +80,10 @@ def report(plan: StagePlan, evaluation: Evaluation, mix: Mix, efficiency: Effici
         *_memory(evaluation),
         "",
         *_time(plan, evaluation),
+        *(["", *loading_lines(plan.loading)] if plan.loading else []),
         "",
         "assumed:",
-        *(f"  {line}" for line in assumptions(plan, efficiency)),
+        *(f"  {line}" for line in assumptions(plan, efficiency, decoding)),
     ]
     return "\n".join(lines)
 
@@ -125,14 +127,15 @@ def _time(plan: StagePlan, evaluation: Evaluation) -> Iterator[str]:
     yield from plan.notes
 
 
-def assumptions(plan: StagePlan, efficiency: Efficiency) -> list[str]:
+def assumptions(plan: StagePlan, efficiency: Efficiency, decoding: Decoding) -> list[str]:
     """What a plan takes for granted, a sentence each."""
     of_data = plan.mix.assumptions if plan.mix else ()
     return [
         *(of_data or ("nothing of the data: rows are those of prepared data",)),
         f"allocator's slack {SLACK:.0%} of what is in use",
         f"{CONTEXT >> 20} MiB for CUDA and its libraries, {COMMUNICATOR >> 20} MiB for each NCCL group",
-        "tokens and pixels of all microbatches of a step wait on the GPU; the input pipeline keeps up",
+        "tokens and pixels of all microbatches of a step wait on the GPU",
+        *(loading_assumptions(decoding, plan.evaluation.cluster) if plan.loading and plan.evaluation else []),
         f"kernels reach {efficiency.matmul:.0%} (products) and {efficiency.attention:.0%} (attention) of the peak, "
         f"{efficiency.memory:.0%} of the bandwidth; {efficiency.fused:.0%} of elementwise traffic is left by fusion",
         *_starts(efficiency),

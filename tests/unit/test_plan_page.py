@@ -88,6 +88,7 @@ def full(evaluation: Evaluation, name: str = "infimm/pretrain") -> PlanPage:
         options="--tensor-model-parallel-size 2",
         search=found,
         scale=scale(run, [evaluation], rate),
+        loading=["the loader reads 5 pictures/s"],
         assumptions=[f"rows of {name}"],
     )
 

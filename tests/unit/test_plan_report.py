@@ -10,7 +10,7 @@ from megavlm.errors import ConfigError
 from megavlm.options import parse_options
 from megavlm.plan.choice import Choice
 from megavlm.plan.cluster import parse_cluster
-from megavlm.plan.cost import Efficiency
+from megavlm.plan.cost import Decoding, Efficiency
 from megavlm.plan.evaluation import Evaluation
 from megavlm.plan.mix import mix_of
 from megavlm.plan.planner import StagePlan
@@ -23,6 +23,7 @@ from megavlm.recipes import recipe
 
 RUN = recipe("infimm-llama2-13b/pretrain").override("parallel.tensor_model_parallel_size=4")
 CLUSTER = parse_cluster("1x8xA100-80GB")
+DECODING = Decoding(pictures=20, tiles=200, source="made up")
 MODEL = MadeModel(layers=40, activation=3 << 30, tensor_message=1e8, message=4e7, gradients=4e9, is_frozen=True)
 
 
@@ -96,7 +97,7 @@ def test_a_plan_gives_days_beside_hours_for_the_floor_too_and_what_was_not_publi
     run = recipe("decoder-tiny")
     one = evaluated(MODEL, Choice(tensor=8, sequence_parallel=True), CLUSTER, 80)
     plan = StagePlan(name="a/b", asked=run, run=run, evaluation=one, mix=mix_of(run, False), notes=("nobody said.",))
-    said = stage_report(plan, Efficiency(matmul=0.7, attention=0.5, memory=0.9))
+    said = stage_report(plan, Efficiency(matmul=0.7, attention=0.5, memory=0.9), DECODING)
     hours, floor = plan.hours, plan.hours * one.mfu
     assert f": {hours:,.1f} hours ({hours / 24:,.1f} days), " in said and "\nnobody said.\n" in said
     assert f"at 100 % of the peak {floor:,.1f} hours ({floor / 24:,.1f} days)" in said
