@@ -11,7 +11,7 @@ import re
 import signal
 import sys
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from datetime import date
@@ -43,13 +43,16 @@ from megavlm.bench.kernels import figure_of
 from megavlm.bench.processes import environment, watched
 from megavlm.bench.real_aquila_vl import AquilaVL
 from megavlm.bench.real_infimm import InfiMM
-from megavlm.bench.real_step import Workload, work_of
+from megavlm.bench.real_step import Workload, planned_figures, work_of
 from megavlm.bench.report import append, machine, table
 from megavlm.build.families import state_map_of
 from megavlm.build.model import build_model
 from megavlm.model.decoder.model import Decoder
 from megavlm.parallel import groups as parallel_groups
 from megavlm.parallel.wrap import wrap_data_parallel
+from megavlm.plan.profile import MemoryUse
+from megavlm.plan.rows import batch_of
+from megavlm.plan.trace import tensors_of
 from megavlm.recipes import recipe
 from megavlm.testing import spawn
 from megavlm.train.optim import build_optimizer
@@ -329,6 +332,9 @@ def test_each_benchmark_runs(names: list[str], tmp_path: Path) -> None:
     left_out = CPU_ALONE if torch.cuda.is_available() else GPU_ALONE
     assert skipped == [name for name in names if name in left_out]
     for row in rows:
+        if row["benchmark"] in ("aquila-vl-2b", "infimm-7b"):
+            planned = row["figures"]["megavlm: GPU memory planned"]["median"]
+            assert 0.001 < planned < 1  # GB, at toy size
         assert "times" in row or row["figures"]
         assert all(times["min"] > 0 for times in row.get("times", {}).values())
         assert row.get("ratio", {"median": 1.0})["median"] > 0
@@ -387,6 +393,27 @@ def test_the_real_models_get_the_same_samples_on_both_sides(workload: Workload) 
     assert len(media) == len(ours) and given == sum(len(lengths_of(batch)) for batch in ours)
     seen = [batch.cu_seqlens.diff().square().sum() for batch in ours if batch.cu_seqlens is not None]
     assert work_of(ours).pairs == float(sum(seen) + work_of(ours).tokens) / 2
+
+
+@pytest.mark.parametrize("workload", [AquilaVL(True), InfiMM(True)], ids=lambda workload: workload.name)
+def test_a_plan_is_asked_of_the_very_rows_that_are_measured(workload: Workload) -> None:
+    def everything(tiles: Sequence[Sequence[int]]) -> list[tuple[int, ...]]:
+        return [tuple(range(len(row))) for row in tiles]
+
+    for ours, planned in zip(workload.our_step(2), workload.planned_step(2), strict=True):
+        batch = batch_of(workload.run, planned, everything)
+        assert lengths_of(batch) == lengths_of(ours)
+        sizes, own = ([(one.shape, one.dtype) for one in tensors_of(of)] for of in (batch, ours))
+        assert sizes == own
+
+
+def test_the_planned_memory_stands_beside_the_measured_one() -> None:
+    memory = MemoryUse(weights=4, gradients=3, optimizer=2, activations=1, batch=1, communication=7)
+    scaled = MemoryUse(**{name: size * 10**9 for name, size in vars(memory).items()})
+    (alone,) = planned_figures(scaled, None)
+    assert alone.name == "megavlm: GPU memory planned" and alone.median == 11
+    _, ratio = planned_figures(scaled, 10 * 10**9)
+    assert ratio.name.endswith("planned / allocated") and ratio.median == pytest.approx(1.1)
 
 
 def lengths_of(batch: TextBatch) -> list[int]:
