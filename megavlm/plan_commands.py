@@ -4,98 +4,65 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import sys
-import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import replace
+from typing import NamedTuple
 
 from megavlm.build.run_config import RunConfig
-from megavlm.errors import ConfigError, LayoutError
+from megavlm.curriculum.options import chosen_stages, parse_stage_options, words_of_stages
+from megavlm.errors import ConfigError, LayoutError, MegavlmError
 from megavlm.options import parse_options, take_options
+from megavlm.plan.as_data import as_data
 from megavlm.plan.calibrate import calibrate
-from megavlm.plan.choice import Choice
 from megavlm.plan.cluster import Cluster, parse_cluster
-from megavlm.plan.cost import CALIBRATION, Calibration, Efficiency
-from megavlm.plan.evaluation import Evaluation
-from megavlm.plan.judge import drawn_of, judge, rate_of
-from megavlm.plan.mix import Mix, mix_of
+from megavlm.plan.cost import CALIBRATION, Calibration, Decoding, Efficiency
+from megavlm.plan.loading import loading_lines
 from megavlm.plan.page import PlanPage, check_page_place, write_page
-from megavlm.plan.report import scale_report, search_report
-from megavlm.plan.scale import ScalePoint, scale
-from megavlm.plan.search import SearchResult, search
-from megavlm.plan.text import as_json, assumptions, report
-from megavlm.recipes import recipe, stages_of
+from megavlm.plan.planner import ALONE, OF_SEVERAL, Planner, StagePlan
+from megavlm.plan.text import assumptions, stage_report, stages_report
+from megavlm.recipes import is_of_a_paper, recipe, stages_of
 
 HELP = ("-h", "--help")
 USAGE = """usage: megavlm plan RECIPE[/stage] --cluster NODESxGPUSxCHIP [--data DIR] [--calibration FILE] [--json] ...
+       megavlm plan MODEL --cluster NODESxGPUSxCHIP [--stages STAGE,STAGE] [STAGE:--option=VALUE ...] ...
        megavlm plan --calibrate FILE
 
 Whether a run fits on a cluster and how long it takes: all that `megavlm train` takes may follow. A stage without an
-option for its layout (degrees of parallelism, recompute, micro-batch) is searched for the fastest one that fits; a
-whole model is judged stage by stage, each in its recipe's own layout or the given one. Nothing is read but, with
---data, the indexes of prepared data sets, and no GPU is needed.
+option for its layout (degrees of parallelism, recompute, micro-batch) is searched for the fastest one that fits; of a
+whole model each stage, for a shorter time, or it gets the layout of a stage before in which the same parts learn.
+Nothing is read but, with --data, the indexes of prepared data sets, and no GPU is needed.
 
   --cluster 5x8xA100-80GB   machines x GPUs of each x chip, or a YAML file
   --data DIR                rows as the prepared data sets in DIR make them; without: as assumed, which is printed
   --calibration FILE        what kernels reach of each chip, in place of megavlm's own figures
   --scale                   time and MFU from 8 to 4,096 GPUs as well, and what limits them
   --html FILE               the plan as a page: memory, timeline, time, layouts
-  --json                    plain data
+  --json                    plain data (docs/plan_json.md names its fields)
   --calibrate FILE          measure this machine's CPU for half a minute, with the threads that a run would have
                             (OMP_NUM_THREADS), and write it as a YAML file that --cluster takes"""
 
 CALIBRATE = "--calibrate"
 LAYOUT_WORDS = ("-model-parallel-", "--num-virtual-stages", "sequence-parallel", "--vision-over", "--recompute-",
                 "--micro-batch-size", "parallel.", "recompute.")  # fmt: skip
-SEARCH_SECONDS = 40
-"""After which no further layout is traced."""
+
+UNPUBLISHED = (
+    "no duration of this run was published, neither hours nor throughput: the plan can be judged plausible, not right"
+)
 
 
-@dataclass
-class _Planner:
-    """What plans of several stages share."""
+class _Asked(NamedTuple):
+    """A stage that is to be planned."""
 
-    cluster: Cluster
-    efficiency: Efficiency
-    data: str | None
+    name: str
+    run: RunConfig
+    words: Sequence[str]
+    """Options that changed it."""
 
-    def run_of(self, stage: str, options: list[str]) -> RunConfig:
-        run = parse_options(recipe(stage), options, prog=f"megavlm plan {stage}")
-        rate_of(run, self.cluster, self.efficiency)  # a number format that the chip lacks is no layout's fault
-        if self.data is None:
-            return run
-        if run.data is None:
-            raise ConfigError("--data", self.data, f"is nothing to {stage}, which reads toy text", "leave it out")
-        return run.replace(data=run.data.replace(path=self.data))
-
-    def judged(self, run: RunConfig, choice: Choice | None = None) -> tuple[Evaluation, Mix]:
-        mix = mix_of(run, self.data is not None)
-        return judge(run, self.cluster, mix, self.efficiency, choice), mix
-
-    def searched(self, run: RunConfig, is_quiet: bool) -> tuple[RunConfig, SearchResult]:
-        """The run in the fastest layout that fits, in its own where none does; and what was found."""
-        if self.data is not None:
-            mix_of(run, from_data=True)  # what cannot be read is no layout's fault: it is said once, by itself
-        began = time.monotonic()
-        found = search(
-            run,
-            self.cluster,
-            lambda choice: self.judged(choice.apply(run), choice)[0],
-            progress=lambda line: print(line, file=sys.stderr, flush=True),
-            is_late=lambda: time.monotonic() - began > SEARCH_SECONDS,
-        )
-        if not is_quiet:
-            print(search_report(found, run), end="\n\n")
-        return (found.best[0].evaluation.choice.apply(run) if found.best else run), found
-
-    def scaled(self, run: RunConfig, known: Sequence[Evaluation], mix: Mix) -> list[ScalePoint]:
-        """The judged layouts on other numbers of GPUs."""
-        return scale(
-            run,
-            known,
-            rate_of(run, self.cluster, self.efficiency),
-            images=lambda microbatches, copies: drawn_of(mix, microbatches, copies),
-        )
+    @property
+    def has_layout(self) -> bool:
+        return any(word in option for option in self.words for word in LAYOUT_WORDS)
 
 
 def plan(arguments: list[str]) -> int:
@@ -107,56 +74,102 @@ def plan(arguments: list[str]) -> int:
     if any(word.partition("=")[0] == CALIBRATE for word in arguments):
         return _calibrate(arguments)
     name, *rest = arguments
-    own, options = take_options(rest, ["--cluster"], ["--data", "--calibration", "--html"], flags=["--json", "--scale"])
+    own, options = take_options(
+        rest, ["--cluster"], ["--data", "--calibration", "--html", "--stages"], flags=["--json", "--scale"]
+    )
     cluster = parse_cluster(own["--cluster"])
     if "--html" in own:
         check_page_place(own["--html"])  # before minutes are spent on what it is to show
     efficiency = _efficiency(cluster, own.get("--calibration"))
-    planner, as_data = _Planner(cluster, efficiency, own.get("--data")), "--json" in own
-    stages = [f"{name}/{stage}" for stage in stages_of(name)]
-    is_searched = not stages and not any(word in option for option in options for word in LAYOUT_WORDS)
-    hours, found, misfits = 0.0, [], []
-    pages: list[PlanPage] = []
-    for stage in stages or [recipe(name).name]:
-        run = planner.run_of(stage, options)
-        found_layouts = None
-        if is_searched:
-            run, found_layouts = planner.searched(run, as_data)
-        evaluation, mix = planner.judged(run)
-        hours += evaluation.hours(run.train.train_iters)
-        found.append(as_json(run, evaluation, mix))
-        misfits += [] if evaluation.fits else [(stage, evaluation.misfit)]
-        if not as_data:
-            print(report(run, evaluation, mix, efficiency), end="\n\n", flush=True)
-        points: list[ScalePoint] = []
-        if "--scale" in own:
-            judged = [one.evaluation for one in found_layouts.best] if found_layouts else []
-            points = planner.scaled(run, judged or [evaluation], mix)
-            if not as_data:
-                print(scale_report(points), end="\n\n", flush=True)
-        pages.append(
-            PlanPage(
-                name=stage,
-                evaluation=evaluation,
-                steps=run.train.train_iters,
-                search=found_layouts,
-                scale=points,
-                assumptions=assumptions(run, mix, efficiency),
-            )
-        )
+    asked = _asked(name, options, own.get("--stages"), own.get("--data"))
+    decoding = _decoding(own.get("--calibration"))
+    planner = Planner(
+        cluster, efficiency, decoding, "--data" in own, lambda line: print(line, file=sys.stderr, flush=True)
+    )
+    plans = []
+    for one in asked:
+        plans.append(_planned(planner, one, bool(stages_of(name)), "--scale" in own))
+        if "--json" not in own:
+            print(stage_report(plans[-1], efficiency, decoding), end="\n\n", flush=True)
     if "--html" in own:
-        print(write_page(pages, own["--html"]), file=sys.stderr)
-    if as_data:
-        print(json.dumps(found, indent=1))
-    elif stages:
-        print(
-            f"{name}: {hours:,.1f} hours ({hours / 24:.1f} days), {hours * cluster.gpus:,.0f} GPU-hours in all stages"
-        )
-    if misfits:
-        stage, misfit = misfits[0]
-        remedy = "use more tensor or pipeline parallelism, --recompute-granularity full, or shorter rows"
-        raise LayoutError(f"{stage} on --cluster", cluster.name, misfit, remedy)
+        print(_write_page(plans, planner, own["--html"]), file=sys.stderr)
+    if "--json" in own:
+        print(json.dumps(as_data(name, plans, cluster, efficiency, decoding), indent=1))
+    elif stages_of(name):
+        print(stages_report(name, plans, cluster))
+    _refuse(plans, cluster)
     return 0
+
+
+def _asked(name: str, options: list[str], stages: str | None, data: str | None) -> list[_Asked]:
+    """The stages as the command line changes them."""
+    known = stages_of(name)
+    if not known:
+        run = recipe(name)
+        if stages is not None:
+            raise ConfigError("--stages", stages, f"{name} is no model of several stages", "leave it out")
+        run = parse_options(run, options, prog=f"megavlm plan {name}")
+        return [_Asked(name, _with_data(name, run, data), options)]
+    chosen = chosen_stages(stages, known)
+    runs = parse_stage_options({one: recipe(f"{name}/{one}") for one in known}, options, prog=f"megavlm plan {name}")
+    words = words_of_stages(options, known)
+    return [_Asked(f"{name}/{one}", _with_data(f"{name}/{one}", runs[one], data), words[one]) for one in chosen]
+
+
+def _with_data(name: str, run: RunConfig, data: str | None) -> RunConfig:
+    if data is None:
+        return run
+    if run.data is None:
+        raise ConfigError("--data", data, f"is nothing to {name}, which reads toy text", "leave it out")
+    return run.replace(data=run.data.replace(path=data))
+
+
+def _planned(planner: Planner, asked: _Asked, is_one_of_several: bool, is_scaled: bool) -> StagePlan:
+    """Of several stages one that cannot be judged must not cost the others their plans."""
+    try:
+        if asked.has_layout:
+            plan = planner.given(asked.name, asked.run)
+        else:
+            plan = planner.found(asked.name, asked.run, OF_SEVERAL if is_one_of_several else ALONE)
+    except MegavlmError as error:
+        if not is_one_of_several:
+            raise
+        plan = StagePlan(name=asked.name, asked=asked.run, run=asked.run, refused=error)
+    options = " ".join([shlex.join(asked.words), plan.options]).strip()
+    plan = replace(plan, options=options, notes=(UNPUBLISHED,) if is_of_a_paper(asked.name) else ())
+    return planner.scaled(plan) if is_scaled else plan
+
+
+def _refuse(plans: Sequence[StagePlan], cluster: Cluster) -> None:
+    """End with the error of the one stage that does not work, or with the names of those that do not."""
+    problems = [(one.name, one.problem) for one in plans if one.problem is not None]
+    if len(plans) == 1 and problems:
+        raise problems[0][1]
+    if len(problems) == 1:
+        name, error = problems[0]
+        raise type(error)(f"{name}: {error.where}", error.value, error.problem, error.remedy)
+    if problems:
+        names = ", ".join(name for name, _ in problems)
+        problem = f"{len(problems)} of {len(plans)} stages do not work there: {names}"
+        raise LayoutError("--cluster", cluster.name, problem, "each is told above, with its reason and remedy")
+
+
+def _write_page(plans: Sequence[StagePlan], planner: Planner, html: str) -> str:
+    pages = [
+        PlanPage(
+            name=one.name,
+            evaluation=one.evaluation,
+            steps=one.steps,
+            options=one.options,
+            search=one.search,
+            scale=one.scale,
+            loading=list(loading_lines(one.loading)) if one.loading else [],
+            assumptions=[*one.notes, *assumptions(one, planner.efficiency, planner.decoding)],
+        )
+        for one in plans
+        if one.evaluation is not None
+    ]
+    return write_page(pages, html, {one.name: str(one.refused) for one in plans if one.refused is not None})
 
 
 def _efficiency(cluster: Cluster, calibration: str | None) -> Efficiency:
@@ -164,6 +177,14 @@ def _efficiency(cluster: Cluster, calibration: str | None) -> Efficiency:
     if calibration is None and cluster.efficiency is not None:
         return cluster.efficiency
     return Calibration.load(calibration or CALIBRATION).of(cluster.chip.name)
+
+
+def _decoding(calibration: str | None) -> Decoding:
+    """What a CPU core decodes: as a given file says, or as was measured."""
+    given = Calibration.load(calibration).decoding if calibration else None
+    found = given or Calibration.load(CALIBRATION).decoding
+    assert found is not None
+    return found
 
 
 def _calibrate(arguments: list[str]) -> int:

@@ -14,7 +14,8 @@ what is written goes to a temporary folder ($TMPDIR says where) and is removed.
 
   --only NAME   this one alone; may be repeated
   --quick       toy sizes: shows that everything runs, measures nothing
-  --out FILE    append the rows, with machine, versions and commit, to this JSON file
+  --out FILE    append the rows, with machine, versions and commit, to this JSON file; without it, and without --quick,
+                a checkout keeps them in docs/benchmarks, in a file by machine and day
   --list        the benchmarks, one line each"""
 
 
@@ -28,12 +29,14 @@ def bench(arguments: list[str]) -> int:
     if rest:
         raise ConfigError("the command line", rest[0], "is no option of bench", "`megavlm bench --help` lists them")
     # Here, not above: help and mistakes need none of the packages that are measured.
+    from megavlm.bench.report import kept_place
     from megavlm.bench.run import listing, run
 
     if "--list" in own:
         print(listing())
         return 0
-    return run(names, quick="--quick" in own, out=own.get("--out"))
+    quick = "--quick" in own
+    return run(names, quick, own.get("--out"), None if quick else kept_place())
 
 
 def _taken(arguments: list[str], option: str) -> tuple[list[str], list[str]]:

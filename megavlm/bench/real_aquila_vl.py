@@ -17,6 +17,7 @@ from megavlm.bench.harness import Comparison, Measurement
 from megavlm.bench.real_step import Workload, real_step
 from megavlm.build.run_config import RecomputeConfig
 from megavlm.model.aquila_vl.config import transformers_config
+from megavlm.plan.rows import PlannedDocument, PlannedRow
 from megavlm.recipes import recipe
 
 SIZES = ((640, 480), (1000, 750), (1024, 899), (1920, 1080), (384, 384), (480, 640), (800, 2400))
@@ -73,10 +74,22 @@ class AquilaVL(Workload):
 
     def our_step(self, number: int) -> Sequence[TextBatch]:
         """Rows of about the same length."""
+        return [packed(row, self._shapes) for row in self._rows(number)]
+
+    def planned_step(self, number: int) -> Sequence[PlannedRow]:
+        return [
+            PlannedRow(
+                tuple(PlannedDocument(_length(one), (one.plan,) if one.plan else ()) for one in row),
+                sum(map(_length, row)),
+            )
+            for row in self._rows(number)
+        ]
+
+    def _rows(self, number: int) -> list[list[DrawnSample]]:
         rows: list[list[DrawnSample]] = [[] for _ in range(ROWS)]
         for sample in sorted(drawn_samples(self._shapes, number), key=_length, reverse=True):
             min(rows, key=lambda row: sum(map(_length, row))).append(sample)
-        return [packed(row, self._shapes) for row in rows]
+        return rows
 
     def their_step(self, number: int) -> Sequence[dict[str, Tensor]]:
         samples = sorted(drawn_samples(self._shapes, number), key=_length, reverse=True)

@@ -22,8 +22,9 @@ from megavlm.bench.real_step import Workload, real_step
 from megavlm.export.infimm_files import modeling_infimm
 from megavlm.export.infimm_folder import architecture
 from megavlm.model.infimm.config import infimm_to_hf
+from megavlm.plan.rows import PlannedDocument, PlannedRow
 from megavlm.recipes import recipe
-from megavlm.tiles import patch_rows
+from megavlm.tiles import GridConfig, patch_rows, plan_image
 
 LAYERS = 16
 ROWS = 4
@@ -81,6 +82,16 @@ class InfiMM(Workload):
 
     def our_step(self, number: int) -> Sequence[TextBatch]:
         return [self._packed([*documents, *pairs]) for documents, pairs in self._rows(number)]
+
+    def planned_step(self, number: int) -> Sequence[PlannedRow]:
+        side = self._parts.tower.image_size
+        grid = GridConfig(tile_size=side, patch_size=self._parts.tower.patch_size, tiling="single")
+        document, pair = (
+            PlannedDocument(tokens, (plan_image(side, side, "image", grid),) * pictures)
+            for tokens, pictures in ((self._document_tokens, self._images), (self._pair_tokens, 1))
+        )
+        samples = (*(document,) * self._documents, *(pair,) * self._pairs)
+        return [PlannedRow(samples, sum(one.tokens for one in samples))] * ROWS
 
     def their_step(self, number: int) -> Sequence[dict[str, Tensor]]:
         """The documents of two rows at a time, then all pairs."""

@@ -3,13 +3,14 @@
 Each side has the GPU to itself, in a process of its own, one after the other: two real models with their optimizers do
 not fit side by side, and only so its peak of memory is its own. Both start from one folder of random weights and see
 the same samples, and their losses are compared step by step. Ours keeps bf16 weights with float32 masters; theirs
-float32 weights under autocast, as transformers' Trainer has it, and what is frozen in bf16. Without a GPU the same
-code runs at toy size in float32, for tests.
+float32 weights under autocast, as transformers' Trainer has it, and what is frozen in bf16. Beside our peak of memory
+stands what a plan says of the same rows. Without a GPU the same code runs at toy size in float32, for tests.
 """
 
 from __future__ import annotations
 
 import gc
+import os
 import sys
 import traceback
 from abc import ABC, abstractmethod
@@ -45,8 +46,13 @@ from megavlm.build.model import build_model
 from megavlm.build.run_config import OptimizerConfig, PrecisionConfig, RunConfig, WeightsConfig
 from megavlm.model.backend import is_transformer_engine, spec_provider
 from megavlm.parallel import groups as parallel_groups
+from megavlm.plan.profile import MemoryUse
+from megavlm.plan.rows import PlannedRow
+from megavlm.plan.stage import profile_run
 from megavlm.platform.device import FIRST_FP8_CAPABILITY, bf16_peak_tflops
 
+PLANNED_TARGET = 1.1
+"""Of the planned peak over the allocated one; it should not be below 0.9 either."""
 GIGABYTES = 75
 """What a GPU of 80 GB has at least: the largest workload needs about so much."""
 P = ParamSpec("P")
@@ -97,6 +103,10 @@ class Workload(ABC):
         """The microbatches of a step."""
 
     @abstractmethod
+    def planned_step(self, number: int) -> Sequence[PlannedRow]:
+        """The same microbatches as a plan knows them, by their sizes."""
+
+    @abstractmethod
     def their_step(self, number: int) -> Sequence[dict[str, Tensor]]:
         """The same samples as transformers' model takes them."""
 
@@ -129,12 +139,16 @@ def real_step(workload: Workload, quick: bool) -> Iterator[Comparison | Measurem
         if not quick and has_fp8():
             fp8 = _attempt(problems, "in FP8", our_passes, workload, folder, warmup, rounds, "hybrid")
         theirs = _attempt(problems, "transformers", their_passes, workload, folder, warmup, rounds)
+        rows = [row for number in range(warmup, warmup + rounds) for row in workload.planned_step(number)]
+        each = len(workload.planned_step(0))
+        planned = _attempt(problems, "the plan", planned_memory, run_at(workload, folder, place), rows, each)
     case = f"{ours.parameters / 1e9:.2f}B parameters, {place.words}: {workload.about}"
     sides = {"megavlm": ours, "megavlm, FP8": fp8, "transformers": theirs}
     known = {name: side for name, side in sides.items() if side is not None}
 
     def figures() -> Sequence[Figure]:
-        return [one for name, side in known.items() for one in figures_of(name, side, workload, warmup)]
+        found = [one for name, side in known.items() for one in figures_of(name, side, workload, warmup)]
+        return [*found, *(planned_figures(planned, ours.allocated) if planned else [])]
 
     if theirs is None:
         yield Measurement(workload.name, case, figures)
@@ -186,6 +200,25 @@ def figures_of(name: str, side: SideResult, workload: Workload, warmup: int) -> 
         if size is not None:
             found.append(figure(f"{name}: GPU memory {kind} at most", "GB", [size / 1e9]))
     return found
+
+
+def planned_figures(planned: MemoryUse, allocated: int | None) -> list[Figure]:
+    """What a plan takes our side to allocate, and how that stands to what was measured."""
+    size = planned.total - planned.communication  # which is not torch's
+    found = [figure("megavlm: GPU memory planned", "GB", [size / 1e9])]
+    if allocated is not None:
+        found.append(figure("megavlm: GPU memory planned / allocated", "", [size / allocated], PLANNED_TARGET))
+    return found
+
+
+def planned_memory(run: RunConfig, rows: Sequence[PlannedRow], microbatches: int) -> MemoryUse:
+    """What a plan says of steps of so many of these rows; asked in a process that has not touched a GPU."""
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # as `megavlm plan` traces
+    processes.be_alone()
+    torch.set_num_threads(THREADS)
+    most = {"mean": max(rows, key=lambda row: row.length), "worst": max(rows, key=lambda row: row.tiles)}
+    (profile,) = profile_run(run, 1, microbatches, most)
+    return max((profile.mean.memory, profile.worst.memory), key=lambda memory: memory.total)
 
 
 def work_of(batches: Sequence[TextBatch]) -> Work:
@@ -273,7 +306,7 @@ def _alone(function: Callable[P, T], *arguments: P.args, **keywords: P.kwargs) -
         return pool.submit(function, *arguments, **keywords).result()
 
 
-def _attempt(problems: list[str], side: str, function: Callable[..., SideResult], *arguments: Any) -> SideResult | None:
+def _attempt(problems: list[str], side: str, function: Callable[..., T], *arguments: Any) -> T | None:
     """The same; a failure (memory, most often) is told, and costs no other side its figures."""
     try:
         return _alone(function, *arguments)

@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import os
 import platform
+import re
 import subprocess
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
+from datetime import date
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -102,6 +104,19 @@ def check_place(path: str | Path) -> None:
         known = None
     if not isinstance(known, list):
         raise ConfigError("--out", str(path), "is there and cannot be read as a list of rows", "name another file")
+
+
+def kept_place() -> Path | None:
+    """The folder that keeps the rows of a checkout; an installed package has none."""
+    root = Path(__file__).resolve().parents[2]
+    folder = root / "docs" / "benchmarks"
+    return folder if (root / ".git").exists() and folder.is_dir() else None
+
+
+def file_name(facts: dict[str, str | int], today: date) -> str:
+    """By machine, its GPU where it has one, and by date: `amd-epyc-2026-05-31.json`."""
+    words = re.findall(r"[a-z0-9]+", str(facts.get("gpu") or facts["cpu"]).lower())
+    return f"{'-'.join([*words, today.isoformat()])}.json"
 
 
 def append(rows: Sequence[Row], facts: dict[str, str | int], path: str | Path) -> None:

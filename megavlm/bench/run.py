@@ -8,6 +8,7 @@ import sys
 import traceback
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
+from datetime import date
 from pathlib import Path
 
 import torch
@@ -23,7 +24,7 @@ from megavlm.bench.plan_time import plan_time
 from megavlm.bench.planned_step import planned_step
 from megavlm.bench.real_aquila_vl import real_aquila_vl
 from megavlm.bench.real_infimm import real_infimm
-from megavlm.bench.report import append, check_place, machine, table
+from megavlm.bench.report import append, check_place, file_name, machine, table
 from megavlm.bench.stalls import stalls
 from megavlm.bench.start_up import start_up
 from megavlm.config import nearest
@@ -54,8 +55,13 @@ ON_REQUEST = ("checkpoint-1b", "checkpoint-1b-trained")
 """Those that run only when they are named: they need more memory or time than a look at a machine should."""
 
 
-def run(names: Sequence[str] = (), quick: bool = False, out: str | Path | None = None) -> int:
-    """Measure the named benchmarks (none: all but those ON_REQUEST), print the tables, return the exit code."""
+def run(
+    names: Sequence[str] = (), quick: bool = False, out: str | Path | None = None, folder: Path | None = None
+) -> int:
+    """Measure the named benchmarks (none: all but those ON_REQUEST), print the tables, return the exit code.
+
+    Rows are appended to `out`, or without it to the file of this machine and day in `folder`.
+    """
     for name in names:
         _check_name(name)
     if out is not None:
@@ -72,8 +78,11 @@ def run(names: Sequence[str] = (), quick: bool = False, out: str | Path | None =
         if rows:
             facts = machine()
             print(table(rows, facts), flush=True)
+            if out is None and folder is not None:
+                out = folder / file_name(facts, date.today())
             if out is not None:
                 append(rows, facts, out)
+                print(f"\nthe rows are in {out}", flush=True)
     for problem in problems:
         print(f"no row: {problem}", file=sys.stderr)
     return 1 if problems else 0

@@ -19,14 +19,19 @@ def parse_stage_options(runs: Mapping[str, RunConfig], words: Sequence[str], pro
     `--train-iters 10` and `train.train_iters=10` are for all stages, `finetune:--train-iters=10`,
     `finetune:--train-iters 10` and `finetune:train.train_iters=10` for one.
     """
-    for_all, for_one = _sorted_by_stage(words, list(runs))
     found = {}
-    for name, run in runs.items():
+    for name, own in words_of_stages(words, list(runs)).items():
         try:
-            found[name] = parse_options(run, [*for_all, *for_one[name]], prog)
+            found[name] = parse_options(runs[name], own, prog)
         except MegavlmError as error:
             raise type(error)(f"{name}: {error.where}", error.value, error.problem, error.remedy) from None
     return found
+
+
+def words_of_stages(words: Sequence[str], names: Sequence[str]) -> dict[str, list[str]]:
+    """What of a command line each stage is given: the words for all, then its own."""
+    for_all, for_one = _sorted_by_stage(words, names)
+    return {name: [*for_all, *for_one[name]] for name in names}
 
 
 def chosen_stages(text: str | None, names: Sequence[str]) -> list[str]:

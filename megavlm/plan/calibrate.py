@@ -201,6 +201,7 @@ def cluster_of(times: MachineTimes, float32: float, bfloat16: float, copied: flo
     return Cluster(
         nodes=1,
         gpus_per_node=1,
+        cores_per_gpu=float(len(os.sched_getaffinity(0))),
         chip=Chip(
             name=CHIP,
             bf16_tflops=bfloat16 / 1e12,

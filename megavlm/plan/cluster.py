@@ -141,12 +141,16 @@ class Cluster(Config):
     """Between GPUs of a node; in a file that of a known chip if left out."""
     between: Link
     """Between nodes, of one GPU's own card; in a file that of a known chip if left out."""
+    cores_per_gpu: float = 16.0
+    """CPU cores of a machine for each of its GPUs, which read and decode. 16: two of 64 cores for 8 GPUs (NVIDIA DGX
+    A100 data sheet); a DGX H100 has 14."""
     efficiency: Efficiency | None = None
     """What was measured on these very machines; none: a calibration file says what is reached of the chip."""
 
     def check(self) -> None:
         require(self.nodes >= 1, self, "nodes", "must be at least 1", "count the machines")
         require(self.gpus_per_node >= 1, self, "gpus_per_node", "must be at least 1", "count the GPUs of a machine")
+        require(self.cores_per_gpu > 0, self, "cores_per_gpu", "must be positive", "count a machine's cores and GPUs")
         problem = f"x {self.gpus_per_node} GPUs are more than the {MOST_GPUS:,} that a plan can hold"
         require(self.gpus <= MOST_GPUS, self, "nodes", problem, "use fewer")
 

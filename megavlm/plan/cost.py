@@ -50,11 +50,29 @@ class Efficiency(Config):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Decoding(Config):
+    """How fast one CPU core makes what the model reads of picture files."""
+
+    pictures: float
+    """Pictures a second."""
+    tiles: float
+    """Tiles a second: what pictures that are cut into many are held to."""
+    source: str
+    """Where both numbers come from."""
+
+    def check(self) -> None:
+        for name in ("pictures", "tiles"):
+            require(getattr(self, name) > 0, self, name, "must be positive", "use what was measured")
+
+
+@dataclass(frozen=True, kw_only=True)
 class Calibration(Config):
-    """Efficiencies by chip."""
+    """Efficiencies by chip, and what the CPU cores beside it do."""
 
     chips: dict[str, Efficiency]
     """Chip -> what is reached of it."""
+    decoding: Decoding | None = None
+    """What a CPU core reaches; none: megavlm's own figure."""
 
     def of(self, chip: str) -> Efficiency:
         """That of a chip."""

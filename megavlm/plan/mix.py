@@ -47,6 +47,8 @@ class Mix:
     """(tokens with padding, tiles) of each row that was looked at."""
     assumptions: tuple[str, ...]
     """What was assumed of the data; empty where prepared data say it."""
+    pictures: float = 0.0
+    """Of a step, each perhaps several tiles."""
 
     @property
     def traced(self) -> dict[str, PlannedRow]:
@@ -90,6 +92,7 @@ def _summary(steps: Sequence[Sequence[PlannedRow]], assumptions: tuple[str, ...]
         seeing_tokens=sum(one.tokens for one in documents if one.pictures) / len(steps),
         sizes=tuple((row.padded, row.tiles) for row in rows),
         assumptions=assumptions,
+        pictures=sum(len(row.pictures) for row in rows) / len(steps),
     )
 
 

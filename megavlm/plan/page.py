@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 from importlib.resources import files
@@ -18,7 +18,7 @@ from megavlm.errors import ConfigError
 from megavlm.plan.cluster import GIB, Cluster
 from megavlm.plan.evaluation import SLACK, Evaluation, needed_bytes
 from megavlm.plan.page_drawings import SLACK_NAME, bar, memory_parts, memory_scale, scale_chart, timeline
-from megavlm.plan.report import NAMES
+from megavlm.plan.report import NAMES, kept_rows
 from megavlm.plan.scale import ScalePoint, limits_named
 from megavlm.plan.search import SearchResult
 from megavlm.plan.step import PARTS
@@ -47,6 +47,8 @@ class PlanPage:
     """As they would be typed behind `megavlm train RECIPE`."""
     search: SearchResult | None = None
     scale: Sequence[ScalePoint] = ()
+    loading: Sequence[str] = ()
+    """What the input pipeline must deliver, a sentence each."""
     assumptions: Sequence[str] = ()
 
 
@@ -57,28 +59,29 @@ def check_page_place(html: str) -> None:
         raise ConfigError("--html", html, "cannot be written", "name a file in a folder that exists")
 
 
-def write_page(plans: Sequence[PlanPage], html: str) -> str:
+def write_page(plans: Sequence[PlanPage], html: str, refused: Mapping[str, str] | None = None) -> str:
     """Write the page; what was written, in words."""
     check_page_place(html)
-    page = page_of(plans).encode("utf-8", "replace")
+    page = page_of(plans, refused).encode("utf-8", "replace")
     with atomic_file(Path(html)) as file:
         file.write(page)
     return f"the plan as a page: {html} ({len(page):,} bytes)"
 
 
-def page_of(plans: Sequence[PlanPage]) -> str:
-    """The whole page, of one stage or several."""
+def page_of(plans: Sequence[PlanPage], refused: Mapping[str, str] | None = None) -> str:
+    """The whole page, of one stage or several; `refused` are those that have no plan, and why."""
     style = (files("megavlm.plan") / "page_files" / "style.css").read_text(encoding="utf-8")
     digest = base64.b64encode(hashlib.sha256(style.encode()).digest()).decode()
     policy = f"default-src 'none'; style-src 'sha256-{digest}'; base-uri 'none'; form-action 'none'"
-    title = escape(f"Plan of {', '.join(plan.name for plan in plans)}")
-    body = "".join(_plan(plan, number) for number, plan in enumerate(plans, 1))
+    refused = refused or {}
+    title = escape(f"Plan of {', '.join([*(plan.name for plan in plans), *refused])}")
+    body = "".join(_plan(plan, number) for number, plan in enumerate(plans, 1)) + _refused(refused)
     return (
         '<!doctype html><html lang="en"><head><meta charset="utf-8">'
         f'<meta http-equiv="Content-Security-Policy" content="{policy}">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         f"<title>{title}</title><style>{style}</style></head>"
-        f"<body>{_patterns()}{_contents(plans)}<main>{body}</main></body></html>\n"
+        f"<body>{_patterns()}{_contents(plans, refused)}<main>{body}</main></body></html>\n"
     )
 
 
@@ -92,20 +95,31 @@ def _patterns() -> str:
     )
 
 
-def _contents(plans: Sequence[PlanPage]) -> str:
-    if len(plans) == 1:
+def _contents(plans: Sequence[PlanPage], refused: Mapping[str, str]) -> str:
+    if not plans or len(plans) + len(refused) == 1:
         return ""
-    hours = sum(plan.evaluation.hours(plan.steps) for plan in plans)
+    works = [plan for plan in plans if plan.evaluation.fits]
+    hours = sum(plan.evaluation.hours(plan.steps) for plan in works)
     gpus = plans[0].evaluation.cluster.gpus
     links = "".join(f'<li><a href="#plan-{n}">{escape(plan.name)}</a></li>' for n, plan in enumerate(plans, 1))
-    said = f"{_hours(hours)} in all, {hours * gpus:,.0f} GPU-hours"
+    stages = len(plans) + len(refused)
+    which = "in all" if len(works) == stages else f"in the {len(works)} of {stages} stages that work"
+    said = f"{_hours(hours)} {which}, {hours * gpus:,.0f} GPU-hours"
     return f'<nav aria-label="Stages"><ul>{links}</ul><p>{said}</p></nav>'
+
+
+def _refused(refused: Mapping[str, str]) -> str:
+    return "".join(
+        f'<article><header><h1>{escape(name)}</h1><p class="verdict bad">It has no plan: {escape(why)}.</p></header>'
+        "</article>"
+        for name, why in refused.items()
+    )
 
 
 def _plan(plan: PlanPage, number: int) -> str:
     sections = [
         ("Memory of a GPU", _memory(plan.evaluation)),
-        ("Where a step's time goes", _time(plan.evaluation)),
+        ("Where a step's time goes", _time(plan.evaluation) + _notes(plan.loading)),
         ("The pipeline", _pipeline(plan.evaluation)),
         ("Layouts", _layouts(plan.search) if plan.search else ""),
         ("More GPUs, the same batch", _scale(plan.scale) if plan.scale else ""),
@@ -126,6 +140,7 @@ def _head(plan: PlanPage) -> str:
         (f"{one.images_per_second:,.0f}", "images or tiles a second"),
         (_hours(hours), f"for {plan.steps:,} steps"),
         (f"{hours * one.cluster.gpus:,.0f}", "GPU-hours"),
+        (_hours(hours * one.mfu), "at 100 % of the peak"),
         (f"{one.needed / GIB:.1f} of {have:.1f} GiB", "on the fullest GPU"),
     ]
     settings = [
@@ -147,7 +162,7 @@ def _head(plan: PlanPage) -> str:
 
 
 def _hours(hours: float) -> str:
-    return f"{hours / 24:,.1f} days" if hours >= 48 else f"{hours:,.1f} hours"
+    return f"{hours:,.1f} hours ({hours / 24:,.1f} days)"
 
 
 def _memory(one: Evaluation) -> str:
@@ -202,6 +217,10 @@ def _time(one: Evaluation) -> str:
     )
 
 
+def _notes(lines: Sequence[str]) -> str:
+    return "".join(f'<p class="note">{escape(line[:1].upper() + line[1:])}.</p>' for line in lines)
+
+
 _KINDS = {"matmul": "products", "attention": "attention", "memory": "memory bandwidth", "comm": "the network"}
 _GROUPS = {"tp": "tensor-parallel", "dp": "data-parallel", "pp": "pipeline", "mp": "model-parallel", "world": "all"}
 
@@ -210,7 +229,8 @@ def _waits(one: Evaluation, name: str) -> str:
     if name == "communication":
         groups = sorted(one.step.groups.items(), key=lambda pair: -pair[1])
         return ", ".join(f"{_GROUPS.get(group, group)} {seconds:.3f} s" for group, seconds in groups if seconds > 5e-4)
-    return {"bubble": "other stages", "messages": "what other stages send", "imbalance": "the slowest replica"}[name]
+    waits = {"bubble": "other stages", "messages": "what other stages send", "imbalance": "the slowest replica"}
+    return {**waits, "data": "CPU cores that read and decode"}[name]
 
 
 def _pipeline(one: Evaluation) -> str:
@@ -250,6 +270,8 @@ def _layouts(found: SearchResult) -> str:
         f'<p class="note">{found.considered:,} layouts: {found.refused:,} refused without a trace, {found.traced:,} '
         f"traced, {found.untried:,} left untried.</p>"
     )
+    if found.row_tokens is not None:
+        note += _notes([kept_rows(found.row_tokens)])
     return best + failed + note
 
 

@@ -38,14 +38,24 @@ def search_report(found: SearchResult, run: RunConfig) -> str:
     if found.best:
         options = found.best[0].evaluation.choice.options(run)
         lines += ["", *_best(found), ""]
-        lines += ["the first one's options:", *_wrapped(options, "  ")] if options else ["the first is the run's own"]
+        lines += ["the first one's options:", *wrapped(options, "  ")] if options else ["the first is the run's own"]
     else:
-        lines += ["", "none of them works"]
+        lines += ["", "none of those that were traced works" if found.untried else "none of them works"]
     if found.failures:
         lines += ["", "what does not work:"]
         for failure in found.failures:
-            lines += _wrapped(f"{failure.choice.name}: {failure.reason}", "  ")
+            lines += wrapped(f"{failure.choice.name}: {failure.reason}", "  ")
+    if found.row_tokens is not None:
+        lines += ["", *wrapped(kept_rows(found.row_tokens), "")]
     return "\n".join(lines)
+
+
+def kept_rows(tokens: int) -> str:
+    """What takes the place of the micro-batch where rows are packed, and is not searched."""
+    return (
+        f"not searched: a microbatch is one packed row, of at most {tokens:,} tokens as the run has it; longer or "
+        "shorter ones are planned with data.rows.max_tokens=N"
+    )
 
 
 def _best(found: SearchResult) -> Iterator[str]:
@@ -59,7 +69,7 @@ def _best(found: SearchResult) -> Iterator[str]:
     yield header
     for row, ranked in zip(rows, found.best, strict=True):
         yield row
-        yield from _wrapped(ranked.reason, " " * (len(header) - len("layout") + 2))
+        yield from wrapped(ranked.reason, " " * (len(header) - len("layout") + 2))
 
 
 def scale_report(points: Sequence[ScalePoint]) -> str:
@@ -107,7 +117,8 @@ def aligned(table: Sequence[Sequence[str]], texts: int = 1) -> Iterator[str]:
         yield "  " + "  ".join([*numbers, *words]).rstrip()
 
 
-def _wrapped(words: str, indent: str) -> list[str]:
+def wrapped(words: str, indent: str) -> list[str]:
+    """Lines of words, each further one indented a little more."""
     return textwrap.wrap(
         words,
         max(WIDTH, len(indent) + 40),

@@ -67,6 +67,9 @@ class SearchResult:
     """All that were judged."""
     untried: int = 0
     """Neither judged nor ruled out when the number of traces was used up."""
+    row_tokens: int | None = None
+    """Of prepared data the longest row, which is a microbatch: the search keeps the run's. None: of toy text,
+    whose micro-batches are searched."""
 
 
 def candidates(run: RunConfig, cluster: Cluster) -> Iterator[Choice]:
@@ -135,7 +138,8 @@ def search(
         scale = judged.scale(guesses)
         accepted.sort(key=lambda choice: guesses[choice].order(scale, cluster), reverse=True)
         judged.consider(accepted.pop())
-    return _result(len(all_choices), refused, judged)
+    row_tokens = run.data.rows.max_tokens if run.data else None
+    return dataclasses.replace(_result(len(all_choices), refused, judged), row_tokens=row_tokens)
 
 
 def refusal(run: RunConfig, choice: Choice, cluster: Cluster) -> str | None:
@@ -301,6 +305,7 @@ def reason(evaluation: Evaluation, fastest: Evaluation) -> str:
         "bubble": step.share(BUBBLE),
         "messages between stages": step.share(MESSAGES),
         "uneven images": step.share(IMBALANCE),
+        "waiting for data": step.share("data"),
         **{f"{_GROUPS.get(name, name)} messages": part / step.seconds for name, part in step.groups.items()},
     }
     worth_saying = sorted(((name, share) for name, share in losses.items() if share >= 0.01), key=lambda pair: -pair[1])

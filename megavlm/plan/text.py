@@ -2,37 +2,89 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Iterator, Sequence
 
-from megavlm.build.run_config import RunConfig
-from megavlm.plan.cluster import GIB
-from megavlm.plan.cost import Efficiency
+from megavlm.plan.cluster import GIB, Cluster
+from megavlm.plan.cost import Decoding, Efficiency
 from megavlm.plan.evaluation import SLACK, Evaluation, needed_bytes
 from megavlm.plan.fp8 import fp8_assumptions
+from megavlm.plan.loading import loading_assumptions, loading_lines
 from megavlm.plan.mix import Mix
-from megavlm.plan.profile import MemoryUse, RowProfile
-from megavlm.plan.report import aligned, split_lines
+from megavlm.plan.planner import StagePlan, Totals
+from megavlm.plan.profile import MemoryUse
+from megavlm.plan.report import aligned, scale_report, search_report, split_lines, wrapped
 from megavlm.plan.stage import COMMUNICATOR, CONTEXT
 
 MEMORY = ("weights", "gradients", "optimizer", "activations", "batch", "communication")
 
 
-def report(run: RunConfig, evaluation: Evaluation, mix: Mix, efficiency: Efficiency) -> str:
-    """All that is known of one stage of a recipe."""
+def stage_report(plan: StagePlan, efficiency: Efficiency, decoding: Decoding) -> str:
+    """All that is known of a stage: how its layout was found, the plan in it, other numbers of GPUs."""
+    parts = [search_report(plan.search, plan.asked)] if plan.search else []
+    if plan.layout_of:
+        parts.append(f"{plan.name}: the layout of {plan.layout_of}, in which the same parts learn")
+    if plan.evaluation and plan.mix:
+        parts.append(report(plan, plan.evaluation, plan.mix, efficiency, decoding))
+    if plan.scale:
+        parts.append(scale_report(plan.scale))
+    if plan.refused:
+        parts.append(f"{plan.name} has no plan: {plan.refused}")
+    return "\n\n".join(parts)
+
+
+def stages_report(model: str, plans: Sequence[StagePlan], cluster: Cluster) -> str:
+    """A line for each stage of a model, and what they come to."""
+    table = [("stage", "step s", "MFU", "hours", "days", "GPU-hours", "layout")]
+    for plan in plans:
+        one, name = plan.evaluation, plan.name.removeprefix(f"{model}/")
+        if one is None or plan.problem is not None:
+            table.append((name, *("-",) * 5, f"does not work: {one.misfit if one else plan.refused}"))
+            continue
+        time = (f"{plan.hours:,.1f}", f"{plan.hours / 24:.1f}", f"{plan.hours * cluster.gpus:,.0f}")
+        table.append((name, f"{one.seconds:.3g}", f"{one.mfu:.1%}", *time, one.choice.name))
+    totals = Totals.of(plans, cluster)
+    which = "all stages" if totals.works == len(plans) else f"the {totals.works} of {len(plans)} stages that work"
+    options = " ".join(_for_stage(plan, model) for plan in plans if plan.options and plan.problem is None)
+    return "\n".join(
+        [
+            f"{model} on {cluster.name}:",
+            *aligned(table),
+            f"{spoken_hours(totals.hours)}, {totals.gpu_hours:,.0f} GPU-hours in {which}; at 100 % of the peak "
+            f"{spoken_hours(totals.floor_hours)}",
+            *dict.fromkeys(note for plan in plans for note in plan.notes),
+            *(["options of these layouts:", *wrapped(options, "  ")] if options else []),
+        ]
+    )
+
+
+def spoken_hours(hours: float) -> str:
+    """In hours and in days."""
+    return f"{hours:,.1f} hours ({hours / 24:,.1f} days)"
+
+
+def _for_stage(plan: StagePlan, model: str) -> str:
+    """A stage's options as `megavlm train MODEL` takes them."""
+    stage = plan.name.removeprefix(f"{model}/")
+    words = plan.options.split(" ")
+    return " ".join(f"{stage}:{word}" if word.startswith("--") or "=" in word else word for word in words)
+
+
+def report(plan: StagePlan, evaluation: Evaluation, mix: Mix, efficiency: Efficiency, decoding: Decoding) -> str:
+    """What a judged stage takes and needs."""
     gpus = evaluation.cluster.gpus
     lines = [
-        f"{run.name} on {evaluation.cluster.name}: {evaluation.choice.name}, "
+        f"{plan.name} on {evaluation.cluster.name}: {evaluation.choice.name}, "
         f"{evaluation.choice.data_parallel(gpus)} copies of the model, {evaluation.microbatches} microbatches each",
         "",
         *_rows(mix),
         "",
         *_memory(evaluation),
         "",
-        *_time(run, evaluation),
+        *_time(plan, evaluation),
+        *(["", *loading_lines(plan.loading)] if plan.loading else []),
         "",
         "assumed:",
-        *(f"  {line}" for line in assumptions(run, mix, efficiency)),
+        *(f"  {line}" for line in assumptions(plan, efficiency, decoding)),
     ]
     return "\n".join(lines)
 
@@ -61,7 +113,7 @@ def _cells(memory: MemoryUse) -> list[str]:
     return [f"{number:.2f}" for number in (*held, needed - memory.total / GIB, needed)]
 
 
-def _time(run: RunConfig, evaluation: Evaluation) -> Iterator[str]:
+def _time(plan: StagePlan, evaluation: Evaluation) -> Iterator[str]:
     step = evaluation.step
     yield f"a step takes {step.seconds:.3g} s:"
     yield from split_lines(step)
@@ -69,25 +121,26 @@ def _time(run: RunConfig, evaluation: Evaluation) -> Iterator[str]:
         f"{evaluation.tokens_per_second:,.0f} tokens/s, {evaluation.images_per_second:,.0f} images/s, "
         f"MFU {evaluation.mfu:.1%}"
     )
-    steps = run.train.train_iters
-    hours = evaluation.hours(steps)
     yield (
-        f"{steps:,} steps: {hours:,.1f} hours ({hours / 24:.1f} days), {hours * evaluation.cluster.gpus:,.0f} "
-        f"GPU-hours; at 100 % of the peak {hours * evaluation.mfu:,.1f} hours"
+        f"{plan.steps:,} steps: {spoken_hours(plan.hours)}, {plan.hours * evaluation.cluster.gpus:,.0f} GPU-hours; "
+        f"at 100 % of the peak {spoken_hours(plan.floor_hours)}"
     )
+    yield from plan.notes
 
 
-def assumptions(run: RunConfig, mix: Mix, efficiency: Efficiency) -> list[str]:
+def assumptions(plan: StagePlan, efficiency: Efficiency, decoding: Decoding) -> list[str]:
     """What a plan takes for granted, a sentence each."""
+    of_data = plan.mix.assumptions if plan.mix else ()
     return [
-        *(mix.assumptions or ("nothing of the data: rows are those of prepared data",)),
+        *(of_data or ("nothing of the data: rows are those of prepared data",)),
         f"allocator's slack {SLACK:.0%} of what is in use",
         f"{CONTEXT >> 20} MiB for CUDA and its libraries, {COMMUNICATOR >> 20} MiB for each NCCL group",
-        "tokens and pixels of all microbatches of a step wait on the GPU; the input pipeline keeps up",
+        "tokens and pixels of all microbatches of a step wait on the GPU",
+        *(loading_assumptions(decoding, plan.evaluation.cluster) if plan.loading and plan.evaluation else []),
         f"kernels reach {efficiency.matmul:.0%} (products) and {efficiency.attention:.0%} (attention) of the peak, "
         f"{efficiency.memory:.0%} of the bandwidth; {efficiency.fused:.0%} of elementwise traffic is left by fusion",
         *_starts(efficiency),
-        *fp8_assumptions(run, efficiency),
+        *fp8_assumptions(plan.run, efficiency),
         "MFU is that of training's log: the model's own products as a share of the bf16 peak; nothing of padding and "
         "recompute, no weight gradients of frozen parts, causal attention by half",
     ]
@@ -100,51 +153,3 @@ def _starts(efficiency: Efficiency) -> list[str]:
     return [
         f"each operation takes {efficiency.start_us:.0f} us beside its work, Python included; nothing hides behind it"
     ]
-
-
-def as_json(run: RunConfig, evaluation: Evaluation, mix: Mix) -> dict[str, Any]:
-    """The same as plain data; bytes, seconds and numbers."""
-    step = evaluation.step
-    hours = evaluation.hours(run.train.train_iters)
-    return {
-        "recipe": run.name,
-        "cluster": evaluation.cluster.name,
-        "gpus": evaluation.cluster.gpus,
-        "layout": evaluation.choice.name,
-        "fits": evaluation.fits,
-        "microbatches": evaluation.microbatches,
-        "memory_of_gpu": evaluation.cluster.chip.memory_bytes,
-        "stages": [
-            {
-                "stage": profile.stage,
-                "layers": profile.layers,
-                "in_flight": profile.in_flight,
-                "parameters": profile.parameters,
-                "trainable": profile.trainable,
-                "mean": _row_data(profile.mean),
-                "worst": _row_data(profile.worst),
-            }
-            for profile in evaluation.profiles
-        ],
-        "step_seconds": step.seconds,
-        "split_seconds": dict(step.split),
-        "bounds": {name: bound._asdict() for name, bound in step.bounds.items()},
-        "rows_per_step": mix.rows,
-        "tokens_per_second": evaluation.tokens_per_second,
-        "images_per_second": evaluation.images_per_second,
-        "mfu": evaluation.mfu,
-        "steps": run.train.train_iters,
-        "hours": hours,
-        "gpu_hours": hours * evaluation.cluster.gpus,
-        "assumptions": list(mix.assumptions),
-    }
-
-
-def _row_data(row: RowProfile) -> dict[str, Any]:
-    memory = {name: getattr(row.memory, name) for name in MEMORY}
-    return {
-        "tokens": row.tokens,
-        "images": row.images,
-        "memory": {**memory, "total": row.memory.total},
-        "activation_per_microbatch": row.activation_per_microbatch,
-    }

@@ -27,6 +27,11 @@ def stages_of(model: str) -> list[str]:
     return [name.partition("/")[2] for name in RECIPES if name.startswith(f"{model}/") and name.split("/")[1] in known]
 
 
+def is_of_a_paper(name: str) -> bool:
+    """Whether it is a run that InfiMM's or Aquila-VL-2B's authors made, and not a toy."""
+    return name in infimm.RECIPES or name in aquila_vl.RECIPES
+
+
 def _remedy(name: str) -> str:
     model = name.partition("/")[0]
     stages = [known for known in RECIPES if known.startswith(f"{model}/")]

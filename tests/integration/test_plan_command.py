@@ -39,14 +39,88 @@ def test_a_stage_in_a_given_layout() -> None:
         "infimm-tiny/pretrain", "--cluster", "1x2xA100-80GB", "--tensor-model-parallel-size", "2", "--json"
     )
     assert code == 0, err
-    (found,) = json.loads(out)
-    assert found["fits"] and found["gpus"] == 2 and found["layout"].startswith("TP 2")
+    whole = json.loads(out)
+    assert whole["gpus"] == 2 and whole["totals"]["stages"] == 1 and not whole["totals"]["do_not_work"]
+    (found,) = whole["stages"]
+    assert found["works"] and found["fits"] and found["search"] is None and found["scale"] == []
+    assert found["layout"]["tensor"] == 2 and found["layout"]["options"] == "--tensor-model-parallel-size 2"
     assert sum(found["split_seconds"].values()) == pytest.approx(found["step_seconds"])
     assert found["hours"] == pytest.approx(found["steps"] * found["step_seconds"] / 3600)
-    (stage,) = found["stages"]
+    assert found["floor_hours"] == pytest.approx(found["hours"] * found["mfu"])
+    assert found["floor_days"] == found["floor_hours"] / 24
+    assert not found["notes"]  # nobody published anything of a toy
+    (stage,) = found["pipeline_stages"]
     assert stage["worst"]["images"] >= stage["mean"]["images"] > 0
     memory = stage["mean"]["memory"]
     assert memory["total"] == sum(size for name, size in memory.items() if name != "total")
+
+
+def test_a_stage_that_does_not_work_costs_the_others_nothing() -> None:
+    layouts = ("--tensor-model-parallel-size", "2", "multitask:--tensor-model-parallel-size=3")
+    code, out, err = plan("infimm-tiny", "--cluster", "1x2xA100-80GB", *layouts)
+    reason = "parallel.tensor_model_parallel_size = 3: does not divide 4 attention heads"
+    assert code == 2 and err.count("\n") == 1 and f"error: infimm-tiny/multitask: {reason}" in err, err
+    assert f"infimm-tiny/multitask has no plan: {reason}" in out
+    for stage in ("pretrain", "finetune"):
+        assert f"infimm-tiny/{stage} on 1x2xA100-80GB: TP 2" in out
+    assert "GPU-hours in the 2 of 3 stages that work" in out
+    assert "finetune:--tensor-model-parallel-size 2" in out
+
+
+def test_data_of_a_model_have_its_searches_and_sums_and_only_documented_names() -> None:
+    asked = ("--cluster", "1x1xA100-80GB", "--stages", "2a,2b,2c", "2b:--tensor-model-parallel-size=3")
+    code, out, err = plan("aquila-vl-tiny", *asked, "--scale", "--json")
+    assert code == 2 and "aquila-vl-tiny/2b" in err, err
+    whole = json.loads(out)
+    first, refused, taken = whole["stages"]
+    assert first["search"]["traced"] == 1 and first["search"]["best"][0]["layout"]["tensor"] == 1
+    assert "GiB left" in first["search"]["best"][0]["reason"]
+    assert first["layout"]["options"] == ""  # the search took the run's own
+    assert [point["gpus"] for point in first["scale"]] == [1, 8, *(2**n for n in range(4, 13))]
+    assert first["scale"][-1]["limit"] and first["scale"][0]["per_gpu"] == 1
+    assert not refused["works"] and "= 3: does not divide" in refused["problem"] and "hours" not in refused
+    assert taken["layout_of"] == "aquila-vl-tiny/2a" and taken["search"] is None
+    assert whole["totals"]["do_not_work"] == ["aquila-vl-tiny/2b"]
+    assert whole["totals"]["hours"] == pytest.approx(first["hours"] + taken["hours"])
+    documented = Path(__file__).parents[2].joinpath("docs", "plan_json.md").read_text()
+    assert [name for name in names_in(whole) if f"`{name}`" not in documented] == []
+
+
+FREE_NAMES = ("split_seconds", "bounds", "communication_seconds")
+"""Tables whose own names are those of the model's parts and of groups of ranks."""
+
+
+def names_in(data: object) -> set[str]:
+    """All names of the plain data, but those of tables by part."""
+    if isinstance(data, list):
+        return set().union(*map(names_in, data))
+    if not isinstance(data, dict):
+        return set()
+    return set(data).union(*(names_in(value) for name, value in data.items() if name not in FREE_NAMES))
+
+
+def test_the_stages_of_a_model_get_layouts_and_its_own_option_syntax() -> None:
+    asked = ("--cluster", "1x1xA100-80GB", "--stages", "2b,2a", "2b:--train-iters=7")
+    code, out, err = plan("aquila-vl-tiny", *asked)
+    assert code == 0, err
+    assert "3 layouts: 0 refused" in out and "aquila-vl-tiny/2b: the layout of aquila-vl-tiny/2a" in out
+    assert "\n7 steps: " in out and "2c" not in out and "GPU-hours in all stages" in out
+    code, out, err = plan("aquila-vl-tiny/2a", *asked[:4])
+    assert code == 2 and "--stages" in err
+    code, out, err = plan("infimm-tiny", *asked[:2], "pretrian:--train-iters=7")
+    assert code == 2 and "did you mean pretrain?" in err
+
+
+def test_scaling_cuts_the_model_further_and_ends_with_the_batch() -> None:
+    code, out, err = plan(
+        "infimm-tiny/pretrain", "--cluster", "1x8xA100-80GB", "--tensor-model-parallel-size", "2", "--scale"
+    )
+    assert code == 0, err
+    lines = out[out.index("the same global batch on more GPUs") :].splitlines()
+    rows = {line.split()[0]: line for line in lines if line.startswith("  ")}
+    assert {"8", "16", "32", "64", "4,096"} < set(rows)
+    assert "TP 4, PP 4" in rows["64"] and "the recipe's batch (" in rows["4,096"]
+    assert any(line.startswith("from ") and "the recipe's batch" in line for line in lines)
 
 
 def test_prepared_data_take_the_place_of_assumptions(tmp_path: Path) -> None:
@@ -56,12 +130,12 @@ def test_prepared_data_take_the_place_of_assumptions(tmp_path: Path) -> None:
     read_from = ("--data", str(tmp_path / "data"), "--tokenizer", str(tmp_path / "tokenizer"))
     code, out, err = plan(*asked, *read_from)
     assert code == 0, err
-    (found,) = json.loads(out)
+    (found,) = json.loads(out)["stages"]
     pictures = len(toy_sample("documents", "train", 0, toy_world(0)).pictures)
-    assert not found["assumptions"]
+    assert not found["assumed_of_data"] and "rows are those of prepared data" in found["assumptions"][0]
     assert found["images_per_second"] * found["step_seconds"] == pytest.approx(16 + 4 * pictures)
     code, out, err = plan(*asked)
-    assert code == 0 and json.loads(out)[0]["assumptions"], err
+    assert code == 0 and json.loads(out)["stages"][0]["assumed_of_data"], err
 
 
 def test_data_that_a_stage_cannot_read_are_refused(tmp_path: Path) -> None:

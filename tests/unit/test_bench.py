@@ -11,9 +11,10 @@ import re
 import signal
 import sys
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from datetime import date
 from pathlib import Path
 
 import pytest
@@ -21,6 +22,7 @@ import torch
 
 from megavlm import cli
 from megavlm.batch import IGNORED, TextBatch
+from megavlm.bench import report
 from megavlm.bench import run as bench
 from megavlm.bench.checkpoint import Needs
 from megavlm.bench.harness import (
@@ -41,13 +43,16 @@ from megavlm.bench.kernels import figure_of
 from megavlm.bench.processes import environment, watched
 from megavlm.bench.real_aquila_vl import AquilaVL
 from megavlm.bench.real_infimm import InfiMM
-from megavlm.bench.real_step import Workload, work_of
+from megavlm.bench.real_step import Workload, planned_figures, work_of
 from megavlm.bench.report import append, machine, table
 from megavlm.build.families import state_map_of
 from megavlm.build.model import build_model
 from megavlm.model.decoder.model import Decoder
 from megavlm.parallel import groups as parallel_groups
 from megavlm.parallel.wrap import wrap_data_parallel
+from megavlm.plan.profile import MemoryUse
+from megavlm.plan.rows import batch_of
+from megavlm.plan.trace import tensors_of
 from megavlm.recipes import recipe
 from megavlm.testing import spawn
 from megavlm.train.optim import build_optimizer
@@ -227,6 +232,40 @@ def test_what_fails_or_is_skipped_leaves_the_rest(
     assert bench.run(["elsewhere"]) == 0
 
 
+def test_a_checkout_keeps_the_rows_by_machine_and_day(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    @contextmanager
+    def right(quick: bool) -> Iterator[Comparison]:
+        yield comparison(passes(0.1), passes(0.1))
+
+    @contextmanager
+    def wrong(quick: bool) -> Iterator[Comparison]:
+        yield comparison(passes(0.1), passes(0.1, loss=3.0))
+
+    monkeypatch.setattr(bench, "BENCHMARKS", {"right": right, "wrong": wrong})
+    monkeypatch.setattr(report, "kept_place", lambda: tmp_path)
+    assert cli.main(["bench", "--quick"]) == 1 and not list(tmp_path.iterdir())
+    assert cli.main(["bench", "--only", "wrong"]) == 1 and not list(tmp_path.iterdir())
+    capsys.readouterr()
+    assert cli.main(["bench"]) == 1
+    kept = tmp_path / report.file_name(machine(), date.today())
+    assert capsys.readouterr().out.endswith(f"the rows are in {kept}\n")
+    assert cli.main(["bench", "--only", "right"]) == 0 and len(json.loads(kept.read_text())) == 2
+    elsewhere = tmp_path / "mine.json"
+    assert cli.main(["bench", "--only", "right", "--out", str(elsewhere)]) == 0
+    assert len(json.loads(kept.read_text())) == 2 and len(json.loads(elsewhere.read_text())) == 1
+
+
+def test_the_file_of_a_machine_is_named_by_its_gpu_and_the_day() -> None:
+    day = date(2026, 5, 31)
+    assert report.file_name({"cpu": "AMD EPYC 7B13 (64-Core)"}, day) == "amd-epyc-7b13-64-core-2026-05-31.json"
+    facts: dict[str, str | int] = {"cpu": "any", "gpu": "NVIDIA H100 80GB HBM3"}
+    assert report.file_name(facts, day) == "nvidia-h100-80gb-hbm3-2026-05-31.json"
+    place = report.kept_place()
+    assert place is None or (place / "data-path.json").is_file()
+
+
 def test_a_time_limit_loses_no_row(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     @contextmanager
     def right(quick: bool) -> Iterator[Comparison]:
@@ -293,6 +332,9 @@ def test_each_benchmark_runs(names: list[str], tmp_path: Path) -> None:
     left_out = CPU_ALONE if torch.cuda.is_available() else GPU_ALONE
     assert skipped == [name for name in names if name in left_out]
     for row in rows:
+        if row["benchmark"] in ("aquila-vl-2b", "infimm-7b"):
+            planned = row["figures"]["megavlm: GPU memory planned"]["median"]
+            assert 0.001 < planned < 1  # GB, at toy size
         assert "times" in row or row["figures"]
         assert all(times["min"] > 0 for times in row.get("times", {}).values())
         assert row.get("ratio", {"median": 1.0})["median"] > 0
@@ -351,6 +393,27 @@ def test_the_real_models_get_the_same_samples_on_both_sides(workload: Workload) 
     assert len(media) == len(ours) and given == sum(len(lengths_of(batch)) for batch in ours)
     seen = [batch.cu_seqlens.diff().square().sum() for batch in ours if batch.cu_seqlens is not None]
     assert work_of(ours).pairs == float(sum(seen) + work_of(ours).tokens) / 2
+
+
+@pytest.mark.parametrize("workload", [AquilaVL(True), InfiMM(True)], ids=lambda workload: workload.name)
+def test_a_plan_is_asked_of_the_very_rows_that_are_measured(workload: Workload) -> None:
+    def everything(tiles: Sequence[Sequence[int]]) -> list[tuple[int, ...]]:
+        return [tuple(range(len(row))) for row in tiles]
+
+    for ours, planned in zip(workload.our_step(2), workload.planned_step(2), strict=True):
+        batch = batch_of(workload.run, planned, everything)
+        assert lengths_of(batch) == lengths_of(ours)
+        sizes, own = ([(one.shape, one.dtype) for one in tensors_of(of)] for of in (batch, ours))
+        assert sizes == own
+
+
+def test_the_planned_memory_stands_beside_the_measured_one() -> None:
+    memory = MemoryUse(weights=4, gradients=3, optimizer=2, activations=1, batch=1, communication=7)
+    scaled = MemoryUse(**{name: size * 10**9 for name, size in vars(memory).items()})
+    (alone,) = planned_figures(scaled, None)
+    assert alone.name == "megavlm: GPU memory planned" and alone.median == 11
+    _, ratio = planned_figures(scaled, 10 * 10**9)
+    assert ratio.name.endswith("planned / allocated") and ratio.median == pytest.approx(1.1)
 
 
 def lengths_of(batch: TextBatch) -> list[int]:

@@ -88,6 +88,7 @@ def full(evaluation: Evaluation, name: str = "infimm/pretrain") -> PlanPage:
         options="--tensor-model-parallel-size 2",
         search=found,
         scale=scale(run, [evaluation], rate),
+        loading=["the loader reads 5 pictures/s"],
         assumptions=[f"rows of {name}"],
     )
 
@@ -112,7 +113,7 @@ def test_all_that_the_plan_says_is_there(evaluation: Evaluation) -> None:
         "Where a step's time goes",
         "16 does not divide",
         "fast infimm",
-        "128 copies of the model share 64 rows",
+        "64 rows for 128 copies of the model",
         "312 TFLOP/s",
         "rows of infimm",
     ):
@@ -153,6 +154,11 @@ def test_one_stage_has_no_timeline_and_several_runs_have_contents(evaluation: Ev
     alone = evaluated(MODEL, Choice(), CLUSTER, 64)
     found = Elements(page_of([PlanPage(name=name, evaluation=alone, steps=5) for name in ("first", "second")]))
     assert found.classes["timeline"] == 0 and found.tags["nav"] == 1 and found.tags["article"] == 2
+
+
+def test_a_stage_without_a_plan_is_told() -> None:
+    found = Elements(page_of([], {"a/b": f"80 {EVIL}"}))
+    assert found.classes["bad"] == 1 and f"It has no plan: 80 {EVIL}." in found.words and found.tags["script"] == 0
 
 
 def test_every_kind_of_memory_has_a_name_and_a_colour() -> None:

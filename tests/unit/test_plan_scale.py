@@ -9,7 +9,8 @@ import pytest
 from plan_profiles import MadeModel, evaluated, rate
 
 from megavlm.plan.choice import Choice
-from megavlm.plan.cluster import parse_cluster
+from megavlm.plan.cluster import Cluster, parse_cluster
+from megavlm.plan.evaluation import Evaluation
 from megavlm.plan.scale import counts, limits_named, scale
 from megavlm.plan.step import drawn_rows
 from megavlm.recipes import recipe
@@ -56,15 +57,46 @@ def test_limits_are_named() -> None:
         RUN,
         [evaluated(uneven, Choice(), CLUSTER, rows=1024)],
         rate,
-        images=lambda microbatches, replicas: drawn_rows([*8 * [(1000, 0)], (1000, 9)], microbatches, replicas),
+        drawn=lambda microbatches, replicas: drawn_rows([*8 * [(1000, 0)], (1000, 9)], microbatches, replicas),
     )
-    assert drawn[5].limit.startswith("replicas with more images")
+    assert drawn[5].limit.startswith("replicas with longer rows or more images")
 
 
-def test_more_copies_than_rows_end_the_line() -> None:
+def test_more_copies_than_rows_are_shown_with_what_limits_them() -> None:
     points = scale(RUN, [evaluated(SMALL, Choice(), CLUSTER, rows=64)], rate)
-    assert points[3].evaluation is not None and points[4].evaluation is None and len(points) == 5
-    assert points[4].limit == "128 copies of the model share 64 rows"
+    assert [point.gpus for point in points] == counts(CLUSTER)
+    assert points[3].evaluation is not None and all(point.evaluation is None for point in points[4:])
+    assert points[4].limit == "the recipe's batch (64 rows for 128 copies of the model)"
+    assert limits_named(points)[-1] == f"from 128 GPUs on: {points[4].limit}"
+
+
+def test_where_there_are_more_copies_than_rows_the_model_is_cut_further() -> None:
+    asked: list[tuple[int, int]] = []
+
+    def further(cluster: Cluster, rows: int) -> Evaluation | None:
+        asked.append((cluster.gpus, rows))
+        if cluster.gpus > 512:
+            return None
+        return evaluated(SMALL, Choice(tensor=cluster.gpus // rows, sequence_parallel=True), cluster, rows)
+
+    points = scale(RUN, [evaluated(SMALL, Choice(), CLUSTER, rows=64)], rate, further=further)
+    assert asked == [(gpus, 64) for gpus in (128, 256, 512, 1024, 2048, 4096)]
+    used = {point.gpus: point.evaluation.choice.tensor for point in points if point.evaluation}
+    assert used == {8: 1, 16: 1, 32: 1, 64: 1, 128: 2, 256: 4, 512: 8}
+    assert points[-1].limit == "the recipe's batch (64 rows for 512 copies of the model)"
+
+
+def test_rows_that_wait_take_less_where_there_are_fewer() -> None:
+    known = evaluated(SMALL, Choice(), CLUSTER, rows=128)
+    waiting = [dataclasses.replace(known.profiles[0].mean.memory, batch=800)] * 2
+    mean, worst = (
+        dataclasses.replace(row, memory=memory)
+        for row, memory in zip((known.profiles[0].mean, known.profiles[0].worst), waiting, strict=True)
+    )
+    known = dataclasses.replace(known, profiles=(dataclasses.replace(known.profiles[0], mean=mean, worst=worst),))
+    points = scale(RUN, [known], rate, gpus=[8, 16, 64])
+    held = [point.evaluation.memory[0].batch for point in points if point.evaluation]
+    assert held == [1600, 800, 200]
 
 
 def test_the_fastest_of_several_layouts_is_taken_at_each_size() -> None:
