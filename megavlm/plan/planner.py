@@ -213,11 +213,10 @@ class Planner:
 
     def _further(
         self, run: RunConfig, mix: Mix, cluster: Cluster, rows: int, is_late: Callable[[], bool]
-    ) -> Evaluation | None:
-        """The most promising layout that fits with at most so many copies of the model."""
+    ) -> Evaluation | str | None:
+        """The most promising layout that fits with at most so many copies of the model; why it was not looked for."""
         if is_late():
-            self.progress(f"{cluster.gpus:,} GPUs: the time for further layouts is up")
-            return None
+            return f"not looked at: no layout was traced beyond {SCALE_SECONDS:.0f} s"
         fitting: list[Evaluation] = []
 
         def evaluate(choice: Choice) -> Evaluation:
@@ -233,6 +232,8 @@ class Planner:
             progress=lambda line: self.progress(f"{cluster.gpus:,} GPUs: {line.partition(': ')[2]}"),
             is_late=lambda: bool(fitting) or is_late(),
         )
+        if not fitting and is_late():
+            return f"not looked at to the end: no layout was traced beyond {SCALE_SECONDS:.0f} s"
         return fitting[0] if fitting else None
 
 

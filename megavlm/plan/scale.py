@@ -26,9 +26,9 @@ WORTH_NAMING = 0.05
 BATCH = "the recipe's batch"
 Drawn = Callable[[int, int], DrawnRows | None]
 """(microbatches, replicas) -> tokens and images of each."""
-Further = Callable[[Cluster, int], Evaluation | None]
-"""(cluster, rows of a step) -> a layout judged there, of at most so many copies of the model; none: there is none. Its
-rows are as full as those of the first layout that is known."""
+Further = Callable[[Cluster, int], Evaluation | str | None]
+"""(cluster, rows of a step) -> a layout judged there, of at most so many copies of the model; why it was not looked for;
+none: there is none. Its rows are as full as those of the first layout that is known."""
 Finished = Callable[[Evaluation], Evaluation]
 
 
@@ -80,6 +80,9 @@ def scale(
         larger = cluster.with_gpus(count)
         if all(_copies(one.evaluation, count) > one.rows for one in known):
             more = further(larger, rows)
+            if isinstance(more, str):
+                points.append(ScalePoint(count, None, more))
+                continue
             known += [_Known(more, rows)] if more else []
         points.append(_point(known, [_again(run, one, larger, rate, drawn) for one in known], larger, finished))
     return list(_with_efficiency(points))

@@ -86,6 +86,13 @@ def test_where_there_are_more_copies_than_rows_the_model_is_cut_further() -> Non
     assert points[-1].limit == "the recipe's batch (64 rows for 512 copies of the model)"
 
 
+def test_what_was_not_looked_at_is_not_called_the_batch() -> None:
+    known = evaluated(SMALL, Choice(), CLUSTER, rows=16)
+    points = scale(RUN, [known], rate, gpus=[16, 32], further=lambda cluster, rows: "not looked at")
+    assert points[0].evaluation is not None
+    assert (points[1].evaluation, points[1].limit) == (None, "not looked at")
+
+
 def test_rows_that_wait_take_less_where_there_are_fewer() -> None:
     known = evaluated(SMALL, Choice(), CLUSTER, rows=128)
     waiting = [dataclasses.replace(known.profiles[0].mean.memory, batch=800)] * 2
