@@ -27,8 +27,8 @@ BATCH = "the recipe's batch"
 Drawn = Callable[[int, int], DrawnRows | None]
 """(microbatches, replicas) -> tokens and images of each."""
 Further = Callable[[Cluster, int], Evaluation | str | None]
-"""(cluster, rows of a step) -> a layout judged there, of at most so many copies of the model; why it was not looked for;
-none: there is none. Its rows are as full as those of the first layout that is known."""
+"""(cluster, rows of a step) -> a layout judged there, of at most so many copies of the model; why none was looked for;
+None: there is none. Its rows are as full as those of the first layout that is known."""
 Finished = Callable[[Evaluation], Evaluation]
 
 
