@@ -269,7 +269,8 @@ def _a100(name: str, **memory: float) -> Chip:
 
 
 def _hopper(name: str, **memory: float) -> Chip:
-    return Chip(name=name, bf16_tflops=989.5, fp8_tflops=1979, fp32_tflops=67, capability=(9, 0), **memory)
+    # The peak that training's log has MFU as a share of.
+    return Chip(name=name, bf16_tflops=989, fp8_tflops=1979, fp32_tflops=67, capability=(9, 0), **memory)
 
 
 # Network: one ConnectX-6 of 200 Gbit/s a GPU (NVIDIA DGX A100 data sheet), one ConnectX-7 of 400 Gbit/s (NVIDIA DGX

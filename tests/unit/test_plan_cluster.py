@@ -11,6 +11,7 @@ from megatron.core.parallel_state import RankGenerator
 from megavlm.errors import ConfigError, LayoutError, MegavlmError
 from megavlm.plan.cluster import BOARDS, Cluster, Span, parse_cluster
 from megavlm.plan.profile import CommOp, GroupName
+from megavlm.platform.device import bf16_peak_tflops
 
 THEIR_NAMES: dict[GroupName, str] = {"tp": "tp", "dp": "dp", "pp": "pp", "mp": "tp-pp"}
 OPS: list[CommOp] = ["all_reduce", "all_gather", "reduce_scatter", "broadcast"]
@@ -97,7 +98,10 @@ def test_float32_has_a_peak_of_its_own(tmp_path: Path) -> None:
     """Without TF32, which torch leaves off: NVIDIA's data sheets."""
     peaks = {name: board.chip.flops_per_second(in_float32=True) / 1e12 for name, board in BOARDS.items()}
     assert peaks == {"A100-40GB": 19.5, "A100-80GB": 19.5, "H100": 67, "H200": 67}
-    assert BOARDS["A100-80GB"].chip.flops_per_second(in_float32=False) == 312e12
+    devices = ("A100-SXM4-40GB", "A100-SXM4-80GB", "H100 80GB HBM3", "H200")
+    for name, device in zip(BOARDS, devices, strict=True):
+        peak = bf16_peak_tflops(f"NVIDIA {device}")
+        assert BOARDS[name].chip.flops_per_second(in_float32=False) == 1e12 * (peak or 0), "MFU as training logs it"
     (tmp_path / "own.yaml").write_text(FILE)
     with pytest.raises(ConfigError, match="fp32_tflops.*B300.*data sheet.*--params-dtype bfloat16"):
         parse_cluster(str(tmp_path / "own.yaml")).chip.flops_per_second(in_float32=True)
