@@ -22,6 +22,7 @@ from megavlm.plan.report import NAMES, kept_rows
 from megavlm.plan.scale import ScalePoint, limits_named
 from megavlm.plan.search import SearchResult
 from megavlm.plan.step import PARTS
+from megavlm.plan.text import spoken_hours
 
 MEMORY_NAMES = {
     "weights": "weights",
@@ -104,7 +105,7 @@ def _contents(plans: Sequence[PlanPage], refused: Mapping[str, str]) -> str:
     links = "".join(f'<li><a href="#plan-{n}">{escape(plan.name)}</a></li>' for n, plan in enumerate(plans, 1))
     stages = len(plans) + len(refused)
     which = "in all" if len(works) == stages else f"in the {len(works)} of {stages} stages that work"
-    said = f"{_hours(hours)} {which}, {hours * gpus:,.0f} GPU-hours"
+    said = f"{spoken_hours(hours)} {which}, {hours * gpus:,.0f} GPU-hours"
     return f'<nav aria-label="Stages"><ul>{links}</ul><p>{said}</p></nav>'
 
 
@@ -132,15 +133,16 @@ def _plan(plan: PlanPage, number: int) -> str:
 def _head(plan: PlanPage) -> str:
     one = plan.evaluation
     hours = one.hours(plan.steps)
+    floor = hours * one.mfu
     have = one.cluster.chip.memory_bytes / GIB
     figures = [
         (f"{one.seconds:.3g} s", "a step"),
         (f"{one.mfu:.1%}", "MFU"),
         (f"{one.tokens_per_second:,.0f}", "tokens a second"),
         (f"{one.images_per_second:,.0f}", "images or tiles a second"),
-        (_hours(hours), f"for {plan.steps:,} steps"),
+        (f"{hours:,.1f} hours", f"({hours / 24:,.1f} days) for {plan.steps:,} steps"),
         (f"{hours * one.cluster.gpus:,.0f}", "GPU-hours"),
-        (_hours(hours * one.mfu), "at 100 % of the peak"),
+        (f"{floor:,.1f} hours", f"({floor / 24:,.1f} days) at 100 % of the peak"),
         (f"{one.needed / GIB:.1f} of {have:.1f} GiB", "on the fullest GPU"),
     ]
     settings = [
@@ -159,10 +161,6 @@ def _head(plan: PlanPage) -> str:
         f"<header><h1>{escape(plan.name)}</h1>{verdict}"
         f'<dl class="settings">{said}</dl><dl class="figures">{tiles}</dl></header>'
     )
-
-
-def _hours(hours: float) -> str:
-    return f"{hours:,.1f} hours ({hours / 24:,.1f} days)"
 
 
 def _memory(one: Evaluation) -> str:
