@@ -55,8 +55,9 @@ def test_products_of_layers_take_the_peak_of_fp8_in_runs_that_ask_for_it() -> No
     cluster = parse_cluster("1x8xH100")
     efficiency = Calibration.load(CALIBRATION).of("H100")
     usual, fast = (rate_of(run, cluster, efficiency) for run in (recipe("aquila-vl-2b/2a"), fp8_run()))
-    assert efficiency.fp8 is not None
-    gained = 2 * efficiency.fp8 / efficiency.matmul  # of FP8 the peak is twice that of bf16
+    chip = cluster.chip
+    assert efficiency.fp8 is not None and chip.fp8_tflops is not None
+    gained = (chip.fp8_tflops * efficiency.fp8) / (chip.bf16_tflops * efficiency.matmul)
     for part, kind, times in [
         ("decoder", "matmul", gained),
         ("cross_attention", "matmul", gained),
