@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import difflib
 import importlib
-import os
 import sys
 from collections.abc import Sequence
 
@@ -36,7 +35,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return run(sys.argv[1:] if arguments is None else arguments)
     except MegavlmError as error:
-        return report(error, int(os.environ.get("RANK", "0")))
+        return report(error)
     except KeyboardInterrupt:
         return INTERRUPTED
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import logging
 import os
+import sys
+import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
@@ -20,7 +22,7 @@ from megavlm.build.run_config import CrossAttentionConfig, PrecisionConfig, RunC
 from megavlm.curriculum.options import chosen_stages, parse_stage_options
 from megavlm.curriculum.run import train_stages
 from megavlm.curriculum.stages import place_stages
-from megavlm.errors import ConfigError
+from megavlm.errors import ConfigError, MegavlmError, report
 from megavlm.export.aquila_vl_assemble import assemble_aquila_vl
 from megavlm.export.aquila_vl_folder import SPELLINGS, Layout
 from megavlm.export.assemble import assemble_infimm
@@ -257,16 +259,31 @@ def _joined(level: int = logging.INFO) -> Iterator[int]:
     """The processes of this run joined (how many they are), and left at the end, also after an error."""
     try:
         world_size = process_groups.join()
-        setup_logging(int(os.environ.get("RANK", "0")), world_size, level)
+        setup_logging(process_groups.world_from_environment()[0], world_size, level)
         neighbours = Neighbours()
         try:
             yield world_size
         except BaseException as error:
             neighbours.leave(error)
+            _end_at_once_if_others_wait(error)
             raise
         neighbours.leave(None)
     finally:
         process_groups.leave()
+
+
+def _end_at_once_if_others_wait(error: BaseException) -> None:
+    """NCCL's groups are left by all ranks together, and whoever fails alone would wait for the others for minutes, its
+    traceback still unsaid."""
+    is_agreed = isinstance(error, MegavlmError) and error.printed_by_rank is not None
+    if is_agreed or isinstance(error, SystemExit) or process_groups.can_leave_alone():
+        return
+    code = report(error) if isinstance(error, MegavlmError) else 1
+    if not isinstance(error, MegavlmError | KeyboardInterrupt):
+        traceback.print_exception(error)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def _run_of(own: Mapping[str, str], options: Sequence[str], command: str) -> tuple[RunConfig, str | None]:

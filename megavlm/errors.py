@@ -6,6 +6,7 @@ Code that meets a user's mistake raises one of these; entry points print it with
 
 from __future__ import annotations
 
+import os
 import sys
 from typing import Any
 
@@ -62,8 +63,8 @@ class UnavailableError(MegavlmError):
     """Something that this machine or this installation cannot do."""
 
 
-def report(error: MegavlmError, rank: int = 0) -> int:
+def report(error: MegavlmError) -> int:
     """Print the error in one line on standard error, once over all ranks; return the exit code for the process."""
-    if error.printed_by_rank in (None, rank):
+    if error.printed_by_rank is None or str(error.printed_by_rank) == os.environ.get("RANK", "0"):
         print(f"megavlm: error: {error}", file=sys.stderr, flush=True)
     return error.exit_code

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 
 from megavlm import signals
@@ -20,6 +19,6 @@ def run_script(family: str, stage: str | None, arguments: Sequence[str]) -> int:
     try:
         return run_example(family, stage, arguments)
     except MegavlmError as error:
-        return report(error, int(os.environ.get("RANK", "0")))
+        return report(error)
     except KeyboardInterrupt:
         return INTERRUPTED

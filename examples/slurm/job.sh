@@ -13,10 +13,11 @@ set -uo pipefail
 cd "${MEGAVLM:-$SLURM_SUBMIT_DIR}" || exit 2
 
 # Where the processes of all nodes meet: at the address by which Slurm itself reaches the first node of the job, and a
-# port that follows from the job's number, so that two jobs on one node do not take the same.
+# port that follows from the job's number, so that two jobs on one node do not take the same; below those that Linux
+# gives to connections (32768 and up), one of which might hold it.
 first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 MASTER_ADDR=$(scontrol show node "$first" | sed -n 's/.*NodeAddr=\([^ ]*\).*/\1/p')
-MASTER_PORT=$((20000 + SLURM_JOB_ID % 20000))
+MASTER_PORT=$((10000 + SLURM_JOB_ID % 20000))
 export NNODES=$SLURM_JOB_NUM_NODES MASTER_ADDR MASTER_PORT
 
 # NCCL. What it finds out by itself (InfiniBand, NVLink, trees and rings) is left to it; set NCCL_IB_HCA or

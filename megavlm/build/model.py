@@ -91,7 +91,7 @@ def _transformer_fields(run: RunConfig, engine: bool) -> dict[str, Any]:
         **layout_fields(run.parallel, run.precision.dtype, machine.backend()),
         **precision_fields(run.precision),
         **recompute_fields(run.recompute),
-        **machine.fused_parts(engine),
+        **machine.fused_parts(engine, run.precision.dtype),
         # The gradient is that of (sum of losses) / (sum of target tokens) over the global batch, in every layout.
         "calculate_per_token_loss": True,
     }

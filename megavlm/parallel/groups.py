@@ -12,7 +12,7 @@ from megatron.core import parallel_state
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
-from megavlm.errors import UnavailableError
+from megavlm.errors import ConfigError, UnavailableError
 from megavlm.parallel.layout import ParallelConfig
 from megavlm.platform import machine
 
@@ -49,7 +49,24 @@ class Groups:
 
 def world_from_environment() -> tuple[int, int]:
     """(rank, number of processes) as torchrun says it; a single process without torchrun."""
-    return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    return _number("RANK", "0"), _number("WORLD_SIZE", "1")
+
+
+def _number(variable: str, alone: str) -> int:
+    text = os.environ.get(variable, alone)
+    if not text.isdecimal():
+        raise ConfigError(variable, text, "is no whole number", "start with torchrun, or unset it")
+    return int(text)
+
+
+def _take_gpu() -> None:
+    """Each process has a GPU of its node to itself."""
+    own, gpus = _number("LOCAL_RANK", "0"), torch.cuda.device_count()
+    if own >= gpus:
+        problem = f"has no GPU to itself: torch sees {gpus} here"
+        remedy = f"start {gpus} processes a node, or hide GPUs by CUDA_VISIBLE_DEVICES= and run on CPUs"
+        raise UnavailableError("LOCAL_RANK", own, problem, remedy)
+    torch.cuda.set_device(own)
 
 
 def join(timeout_minutes: float = 10.0) -> int:
@@ -57,9 +74,8 @@ def join(timeout_minutes: float = 10.0) -> int:
     if dist.is_initialized():
         return dist.get_world_size()
     rank, world_size = world_from_environment()
-    device = machine.prepare()
-    if device.type == "cuda":
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    if machine.prepare().type == "cuda":
+        _take_gpu()
     # Without torchrun there is no address to meet at, and nobody to meet.
     store = None if "MASTER_ADDR" in os.environ else dist.HashStore()
     timeout = timedelta(minutes=timeout_minutes)
@@ -114,6 +130,11 @@ def seed_generators(seed: int) -> None:
 def stop() -> None:
     """Forget the groups; the processes stay joined and can start again with another layout."""
     parallel_state.destroy_model_parallel()
+
+
+def can_leave_alone() -> bool:
+    """Whether `leave` returns though other ranks are elsewhere, in a collective perhaps."""
+    return not dist.is_initialized() or dist.get_world_size() == 1 or machine.backend() != "nccl"
 
 
 def leave() -> None:

@@ -32,18 +32,21 @@ def chip() -> tuple[str, tuple[int, int] | None]:
     return torch.cuda.get_device_name(), torch.cuda.get_device_capability()
 
 
-def fused_parts(transformer_engine: bool) -> dict[str, bool | str]:
+def fused_parts(transformer_engine: bool, dtype: torch.dtype) -> dict[str, bool | str]:
     """The fields of TransformerConfig for fused parts, each on where what it needs is installed.
 
     Optimizers and multi-tensor kernels need no field: megatron-core takes Transformer Engine's or apex's by itself.
     """
     cuda = torch.cuda.is_available()
     return {
-        # apex's CUDA extension adds weight gradients straight into the float32 buffer; Transformer Engine has its own.
-        "gradient_accumulation_fusion": cuda and (transformer_engine or _importable("fused_weight_gradient_mlp_cuda")),
+        # apex's CUDA extension adds weight gradients straight into the float32 buffer. Layers of Transformer Engine
+        # could do without it, but the output layer is megatron-core's own and refuses the field where it is missing.
+        "gradient_accumulation_fusion": cuda and _importable("fused_weight_gradient_mlp_cuda"),
         "apply_rope_fusion": cuda and transformer_engine,
-        "cross_entropy_loss_fusion": cuda,
-        "cross_entropy_fusion_impl": "te" if transformer_engine else "native",
+        # megatron-core's rounds the gradient to bf16 whatever the run's format. Transformer Engine's is worse: up to
+        # 2.7 it weights all tokens of a row like the first one, and up to 2.17 it rounds before it weights.
+        "cross_entropy_loss_fusion": cuda and dtype == torch.bfloat16,
+        "cross_entropy_fusion_impl": "native",
         # torch.compile'd on a GPU, and on a CPU written by hand in the adapter.
         "bias_activation_fusion": True,
         # torch.compile'd; on a CPU it runs eager and saves nothing.

@@ -10,6 +10,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
 from megavlm.data.toy_world.world import PictureKind, SampleKind
 from megavlm.recipes import recipe, stages_of
 from megavlm.toy.bases import FAMILY_BASES
@@ -88,9 +90,13 @@ def train_model(model: str, folder: Path, seed: int, options: Sequence[str] = ()
 
 
 def _environment() -> dict[str, str]:
-    """Ours; one thread a process, which keeps its memory: giving it back after each large tensor costs more time."""
+    """Ours; one thread a process, which keeps its memory: giving it back after each large tensor costs more time.
+
+    Two processes do not share one GPU: they run on the CPU then.
+    """
     kept = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**33), "MALLOC_TOP_PAD_": str(2**26)}
-    return {**os.environ, "PYTHONSAFEPATH": "1", "OMP_NUM_THREADS": "1", **kept}
+    hidden = {"CUDA_VISIBLE_DEVICES": ""} if torch.cuda.device_count() == 1 else {}
+    return {**os.environ, "PYTHONSAFEPATH": "1", "OMP_NUM_THREADS": "1", **kept, **hidden}
 
 
 class _Watch:

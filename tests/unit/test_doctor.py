@@ -213,6 +213,13 @@ def test_a_problem_names_what_was_found_and_the_remedy(facts: Facts, check: Chec
             "for the same CUDA",
         ),
         (
+            with_packages(NODE, transformer_engine="2.7.0", transformer_engine_torch="2.7.0"),
+            checks.check_transformer_engine,
+            "warning",
+            "engine 2.7.0, engine-torch 2.7.0, engine-cu13 2.11.0: too old",
+            "install 2.11 or newer",
+        ),
+        (
             replace(NODE, torch_cuda="12.8"),
             checks.check_dali,
             "warning",
@@ -252,7 +259,11 @@ def test_what_does_not_stop_training_is_no_problem(
 @pytest.mark.parametrize(
     ("facts", "sources"),
     [
-        (NODE, ("Transformer Engine's",) * 3),
+        (NODE, ("Transformer Engine's", "Transformer Engine's", "apex's")),
+        (
+            replace(NODE, apex_submodules=None, apex_extensions=()),
+            ("Transformer Engine's", "Transformer Engine's", "none"),
+        ),
         (with_packages(NODE, transformer_engine_torch=None), ("apex's",) * 3),
         (
             replace(
@@ -279,6 +290,8 @@ def test_minimum_versions_are_those_of_the_package() -> None:
     least = dict(re.findall(r"^([\w-]+)>=([\d.]+)", "\n".join(project["dependencies"]), re.MULTILINE))
     least["python"] = project["requires-python"].removeprefix(">=")
     assert {name: least[name] for name in checks.MINIMUM} == checks.MINIMUM
+    engine = f"transformer-engine[pytorch]>={checks.LEAST_TRANSFORMER_ENGINE}"
+    assert all(engine in project["optional-dependencies"][extra] for extra in ("gpu", "gpu-cuda12"))
 
 
 def make_apex(site_packages: Path, *submodules: str) -> None:

@@ -22,6 +22,8 @@ MINIMUM = {
     "safetensors": "0.5",
 }
 """As in pyproject.toml; a test holds the two together."""
+LEAST_TRANSFORMER_ENGINE = "2.11"
+"""The first whose attention takes packed rows in float32; of the extra `gpu` in pyproject.toml."""
 TESTED_MEGATRON = "0.16.1"
 LEAST_SHARED_MEMORY = GIB
 
@@ -120,6 +122,9 @@ def check_transformer_engine(facts: Facts) -> Finding:
     if error is not None:
         found = f"{found}: fails on import, and takes megatron-core with it ({error})"
         return Finding(name, "problem", found, f"build it for this torch, or pip uninstall {' '.join(versions)}")
+    if any(release(version) < release(LEAST_TRANSFORMER_ENGINE) for version in versions.values()):
+        remedy = f"install {LEAST_TRANSFORMER_ENGINE} or newer, or train with --transformer-impl local"
+        return Finding(name, "warning", f"{found}: too old", remedy)
     for package in versions:
         if _cuda_differs(package, r"cu(\d\d)$", facts):
             found = f"{found}: {package} beside torch for CUDA {facts.torch_cuda}"
@@ -176,7 +181,10 @@ def check_fused_adam(facts: Facts) -> Finding:
 
 
 def check_weight_gradient_fusion(facts: Facts) -> Finding:
-    return _fused("weight-gradient accumulation", facts, "fused_weight_gradient_mlp_cuda", otherwise="none")
+    name = "weight-gradient accumulation"
+    if facts.gpus and "fused_weight_gradient_mlp_cuda" in facts.apex_extensions:
+        return Finding(name, "ok", "apex's")
+    return Finding(name, "note" if facts.gpus else "ok", "none")
 
 
 def check_cpu(facts: Facts) -> Finding:
