@@ -100,7 +100,8 @@ class TextBatch:
     loss_weights: Tensor
     """[rows, length], float32: what each position's loss counts."""
     cu_seqlens: Tensor | None = None
-    """[documents + 1], int32: where the documents of the one row begin, and its length; None: each row is one."""
+    """[documents + 1], int32: where the documents of the one row begin, and its length; None: each row is one. They
+    stay on the host, which has to know them."""
     media: Media | None = None
     """Images; None in a model that has no eyes."""
 
@@ -117,11 +118,9 @@ class TextBatch:
 
     def to(self, device: torch.device) -> TextBatch:
         """The batch on another device."""
-        cu_seqlens = None if self.cu_seqlens is None else self.cu_seqlens.to(device)
         media = None if self.media is None else self.media.to(device)
-        return TextBatch(
-            self.tokens.to(device), self.labels.to(device), self.loss_weights.to(device), cu_seqlens, media
-        )
+        tokens, labels, weights = (tensor.to(device) for tensor in (self.tokens, self.labels, self.loss_weights))
+        return TextBatch(tokens, labels, weights, self.cu_seqlens, media)
 
 
 def next_token_batch(tokens: Tensor, targets: Tensor | None = None, cu_seqlens: Tensor | None = None) -> TextBatch:

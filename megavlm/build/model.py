@@ -58,6 +58,13 @@ def build_model(run: RunConfig, groups: Groups) -> Model:
         provider = spec_provider(run.transformer_impl)
         chip, capability = machine.chip()
         engine = is_transformer_engine(provider)
+        if engine:
+            machine.check_transformer_engine()
+        elif capability is not None:
+            logger.warning(
+                "without Transformer Engine attention takes the documents of a row one by one, which is slow: install "
+                "the extra megavlm[gpu]"
+            )
         check_fp8(run.precision, chip, capability, engine)
         check_recompute(run.recompute, capability is not None, engine)
         run = with_layout(run)

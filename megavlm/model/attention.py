@@ -7,6 +7,8 @@ mask over the whole row is ever built. The heads it sees are the ones of its ten
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 import torch.nn.functional as F
 from megatron.core.packed_seq_params import PackedSeqParams
@@ -15,6 +17,13 @@ from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
+
+
+@dataclass
+class PackedRows(PackedSeqParams):
+    """Documents of a row as megatron-core takes them, and as the host knows them without waiting for a device."""
+
+    lengths: tuple[int, ...] = ()
 
 
 class SDPACoreAttention(MegatronModule):
@@ -61,10 +70,9 @@ class SDPACoreAttention(MegatronModule):
         return out.permute(2, 0, 1, 3).flatten(2)
 
     def _packed(self, query: Tensor, key: Tensor, value: Tensor, rows: PackedSeqParams, causal: bool) -> Tensor:
-        lengths_q = rows.cu_seqlens_q.diff().tolist()
-        lengths_kv = rows.cu_seqlens_kv.diff().tolist()
+        assert isinstance(rows, PackedRows)
         outputs = []
-        for q, k, v in zip(query.split(lengths_q), key.split(lengths_kv), value.split(lengths_kv), strict=True):
+        for q, k, v in zip(*(each.split(rows.lengths) for each in (query, key, value)), strict=True):
             q, k, v = (x.transpose(0, 1).unsqueeze(0) for x in (q, k, v))
             out = self._attend(q, k, v, causal, None)
             outputs.append(out.squeeze(0).transpose(0, 1).flatten(1))

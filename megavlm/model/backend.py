@@ -12,12 +12,10 @@ from typing import Literal
 from megatron.core.extensions.transformer_engine import HAVE_TE
 from megatron.core.fusions.fused_layer_norm import FusedLayerNorm
 from megatron.core.models.backends import BackendSpecProvider, LocalSpecProvider
-from megatron.core.utils import get_te_version
 
 from megavlm.errors import UnavailableError
 from megavlm.model.attention import SDPACoreAttention
 from megavlm.model.norms import Norm
-from megavlm.platform.doctor.checks import LEAST_TRANSFORMER_ENGINE, release
 
 Implementation = Literal["auto", "transformer_engine", "local"]
 
@@ -50,11 +48,6 @@ def spec_provider(implementation: Implementation = "auto") -> BackendSpecProvide
         )
     if implementation == "local" or not HAVE_TE:
         return TorchSpecProvider()
-    version = get_te_version()
-    if version.release < release(LEAST_TRANSFORMER_ENGINE):
-        problem = f"is too old: packed rows want {LEAST_TRANSFORMER_ENGINE}"
-        remedy = "install a newer one, or use --transformer-impl local"
-        raise UnavailableError("transformer-engine", str(version), problem, remedy)
     from megatron.core.extensions.transformer_engine_spec_provider import TESpecProvider
 
     return TESpecProvider()

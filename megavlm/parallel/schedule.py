@@ -10,12 +10,12 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from megatron.core.distributed import DistributedDataParallel
-from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor, nn
 
 from megavlm import ranges
 from megavlm.batch import TextBatch
+from megavlm.model.attention import PackedRows
 from megavlm.parallel.groups import Groups
 
 OutputFunction = Callable[[TextBatch, Tensor], Any]
@@ -47,7 +47,7 @@ def run_schedule(
             position_ids=None,
             attention_mask=None,
             labels=batch.labels if with_labels else None,
-            packed_seq_params=packed_rows(batch.cu_seqlens),
+            packed_seq_params=packed_rows(batch),
             **(beside_text(batch) if beside_text else {}),
         )
         return output, lambda result, non_loss_data=False: output_function(batch, result)
@@ -155,19 +155,21 @@ def _sums_apart(losses: Tensor, group_of: Tensor, number: int) -> Tensor:
     return pairs.new_zeros(number, 2).index_add_(0, groups, pairs).flatten()
 
 
-def packed_rows(cu_seqlens: Tensor | None) -> PackedSeqParams | None:
+def packed_rows(batch: TextBatch) -> PackedRows | None:
     """How megatron-core is told where the documents of a row begin.
 
     `max_seqlen` must be the longest document, never the row: megatron-core takes a rotary table as long as the row
     for one that runs on through all documents.
     """
-    if cu_seqlens is None:
+    if batch.cu_seqlens is None:
         return None
-    longest = int(cu_seqlens.diff().max())
-    return PackedSeqParams(
+    lengths = tuple(batch.cu_seqlens.diff().tolist())
+    starts = batch.cu_seqlens.to(batch.tokens.device, non_blocking=True)
+    return PackedRows(
         qkv_format="thd",
-        cu_seqlens_q=cu_seqlens,
-        cu_seqlens_kv=cu_seqlens,
-        max_seqlen_q=longest,
-        max_seqlen_kv=longest,
+        cu_seqlens_q=starts,
+        cu_seqlens_kv=starts,
+        max_seqlen_q=max(lengths),
+        max_seqlen_kv=max(lengths),
+        lengths=lengths,
     )

@@ -199,8 +199,8 @@ def own_pictures(model: Model) -> Any:
 
 
 def tensors_of(batch: TextBatch) -> list[Tensor]:
-    """All tensors of a microbatch."""
-    found = [batch.tokens, batch.labels, batch.loss_weights, batch.cu_seqlens]
+    """All tensors of a microbatch that wait on the device."""
+    found: list[Tensor | None] = [batch.tokens, batch.labels, batch.loss_weights]
     media = batch.media
     if media is not None:
         table = getattr(media, "table", None)

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 
 import torch
+
+from megavlm.errors import UnavailableError
+from megavlm.platform.doctor.checks import LEAST_TRANSFORMER_ENGINE, release
 
 
 def prepare() -> torch.device:
@@ -30,6 +34,18 @@ def chip() -> tuple[str, tuple[int, int] | None]:
     if not torch.cuda.is_available():
         return "this CPU", None
     return torch.cuda.get_device_name(), torch.cuda.get_device_capability()
+
+
+def check_transformer_engine() -> None:
+    """Refuse one that is too old for packed rows; it is about to be used."""
+    try:
+        found = version("transformer-engine")
+    except PackageNotFoundError:  # on the path without having been installed
+        return
+    if release(found) < release(LEAST_TRANSFORMER_ENGINE):
+        problem = f"is too old: packed rows want {LEAST_TRANSFORMER_ENGINE}"
+        remedy = "install a newer one, or use --transformer-impl local"
+        raise UnavailableError("transformer-engine", found, problem, remedy)
 
 
 def fused_parts(transformer_engine: bool, dtype: torch.dtype) -> dict[str, bool | str]:

@@ -6,14 +6,12 @@ from unittest import mock
 
 import pytest
 import torch
-from packaging.version import Version
 from torch import Tensor
 
 from megavlm.build.model import build_model
 from megavlm.build.run_config import PrecisionConfig, RunConfig
 from megavlm.data.toy_text import toy_step
 from megavlm.errors import UnavailableError
-from megavlm.model import backend
 from megavlm.parallel import groups as process_groups
 from megavlm.parallel.schedule import forward_backward
 from megavlm.parallel.wrap import wrap_data_parallel
@@ -57,10 +55,11 @@ def test_models_are_built_with_what_gpus_have_and_keep_their_gradients(engine: b
     spawn(build_with_each, 1, engine)
 
 
-@pytest.mark.parametrize("implementation", ["auto", "transformer_engine"])
-def test_a_transformer_engine_that_is_too_old_is_refused(implementation: backend.Implementation) -> None:
-    old = mock.patch.object(backend, "get_te_version", return_value=Version("2.10.0"))
-    with mock.patch.object(backend, "HAVE_TE", True), old:
-        assert isinstance(backend.spec_provider("local"), backend.TorchSpecProvider)
+@pytest.mark.parametrize(("found", "is_fine"), [("2.10.0", False), ("2.11.0+cu13", True), ("3.0", True)])
+def test_a_transformer_engine_that_is_too_old_is_refused(found: str, is_fine: bool) -> None:
+    with mock.patch.object(machine, "version", return_value=found):
+        if is_fine:
+            machine.check_transformer_engine()
+            return
         with pytest.raises(UnavailableError, match=r"'2\.10\.0': is too old.*--transformer-impl local"):
-            backend.spec_provider(implementation)
+            machine.check_transformer_engine()

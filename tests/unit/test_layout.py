@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 
+from megavlm.batch import next_token_batch
 from megavlm.build.run_config import check_for_world
 from megavlm.errors import LayoutError
 from megavlm.model.decoder.config import DecoderConfig
@@ -102,6 +103,16 @@ def test_outputs_are_kept_until_gloo_has_sent_them() -> None:
 
 
 def test_the_longest_document_never_the_row_sizes_the_rotary_table() -> None:
-    rows = packed_rows(torch.tensor([0, 5, 13, 16], dtype=torch.int32))
-    assert rows is not None
+    starts = torch.tensor([0, 5, 13, 16], dtype=torch.int32)
+    rows = packed_rows(next_token_batch(torch.zeros(1, 16, dtype=torch.int64), cu_seqlens=starts))
+    assert rows is not None and rows.lengths == (5, 8, 3)
     assert rows.max_seqlen_q == rows.max_seqlen_kv == 8
+
+
+def test_where_documents_begin_stays_on_the_host_and_is_sent_once() -> None:
+    """A device is never asked how long they are: each answer would be waited for."""
+    starts = torch.tensor([0, 5, 16], dtype=torch.int32)
+    there = next_token_batch(torch.zeros(1, 16, dtype=torch.int64), cu_seqlens=starts).to(torch.device("meta"))
+    assert there.tokens.is_meta and there.cu_seqlens is starts
+    rows = packed_rows(there)
+    assert rows is not None and rows.cu_seqlens_q.is_meta and rows.max_seqlen_q == 11
