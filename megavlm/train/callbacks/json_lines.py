@@ -6,12 +6,13 @@ import json
 import math
 import os
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from megavlm.data.files import append_whole, open_to_append
+from megavlm.data.files import AT_ONCE, append_whole, lines_from_end, numbered_line, open_to_append, where_to_cut
 from megavlm.errors import ConfigError
 from megavlm.log import get_logger
 from megavlm.train.callbacks.metrics import Sink
@@ -91,53 +92,60 @@ class JsonLines(Sink):
 def forget_from(path: Path, iteration: int) -> None:
     """Cut a log before this step, as a run goes on that had gone further before it was stopped.
 
-    Steps rise in a log, so what is to be forgotten is its end. A run that starts afresh puts an older log aside.
+    Steps rise in a log, so what is to be forgotten is its end, and only that is read. A run that starts afresh puts an
+    older log aside.
     """
     if not path.exists():
         return
-    keep = 0
-    for end, entry in _entries(path):
-        if entry["iteration"] >= iteration:
-            break
-        keep = end
-    else:
-        end = keep
-    if iteration == 1 and end > keep:
+    if iteration == 1 and _last_iteration(path) >= 1:
         aside = next(p for n in range(1, 10**6) if not (p := path.with_name(f"{path.name}.{n}")).exists())
         path.rename(aside)
         logger.info("the log of an earlier start is now %s", aside)
     else:
-        os.truncate(path, keep)
+        os.truncate(path, where_to_cut(path, partial(_iteration, path), iteration))
 
 
 def read_log(path: str | Path) -> list[dict[str, Any]]:
     """All entries of a log; a last line that a killed run broke off in is passed over."""
-    return [entry for _, entry in _entries(Path(path))]
-
-
-def _entries(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """(where it ends in the file, an entry)."""
-    end = 0
+    path, found, begin = Path(path), [], 0
     with path.open("rb") as file:
-        for number, line in enumerate(file, 1):
-            is_whole = line.endswith(b"\n")
-            if not is_whole and line.startswith(_BEGIN[: len(line)]):
-                return
-            entry = _parsed(line)
-            if entry is None or not is_whole:
-                problem = "is no entry of a log of training"
-                where = f"{path}, line {number}"
-                raise ConfigError(where, line[:40].decode(errors="replace"), problem, "give the name of another file")
-            end += len(line)
-            yield end, entry
+        for line in file:
+            found.append(_entry(path, begin, line))
+            begin += len(line)
+    return [entry for entry in found if entry is not None]
 
 
-def _parsed(line: bytes) -> dict[str, Any] | None:
-    try:
-        entry = json.loads(line)
-    except ValueError:
+def _last_iteration(path: Path) -> int:
+    with path.open("rb") as file:
+        numbers = (_iteration(path, begin, line) for begin, line in lines_from_end(file))
+        return next((number for number in numbers if number is not None), 0)
+
+
+def _iteration(path: Path, begin: int, line: bytes) -> int | None:
+    entry = _entry(path, begin, line)
+    return None if entry is None else int(entry["iteration"])
+
+
+def _entry(path: Path, begin: int, line: bytes) -> dict[str, Any] | None:
+    """What the line says that begins there in the file; None where a killed run broke off in it."""
+    is_whole = line.endswith(b"\n")
+    if not is_whole and line.startswith(_BEGIN[: len(line)]):
         return None
-    return entry if isinstance(entry, dict) and isinstance(entry.get("iteration"), int) else None
+    entry = numbered_line(line, "iteration")
+    if entry is None or not is_whole:
+        where = f"{path}, line {_ends_of_lines(path, begin) + 1}"
+        problem = "is no entry of a log of training"
+        raise ConfigError(where, line[:40].decode(errors="replace"), problem, "give the name of another file")
+    return entry
+
+
+def _ends_of_lines(path: Path, size: int) -> int:
+    """How many there are in the first bytes of a file."""
+    found = 0
+    with path.open("rb") as file:
+        while size > 0 and (chunk := file.read(min(size, AT_ONCE))):
+            found, size = found + chunk.count(b"\n"), size - len(chunk)
+    return found
 
 
 def _finite(value: Any) -> Any:
