@@ -3,6 +3,9 @@
 A digest is the sum, modulo 2^64, of a hash of each sample's (source, index, epoch). So the digests of the ranks of a
 step add up to one that does not depend on how many ranks there were, and that the order alone can tell beforehand.
 
+What a recipe cuts or leaves out for its length may be every fourth sample, so these are not named: a line has their
+numbers by source, and a digest that tells whether two runs cut the same ones. `--full-ledger` names everything.
+
 A folder `ledger` has one file of JSON lines for each data-parallel rank, and `data.json`: the settings, the seed and
 the sizes of data sets that the order follows from.
 """
@@ -12,19 +15,21 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Sequence
+import shutil
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from itertools import count
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
-from megavlm.data.files import append_whole, atomic_file, open_to_append
+from megavlm.data.files import AT_ONCE, append_whole, atomic_file, numbered_line, open_to_append, where_to_cut
 from megavlm.data.index import Index
 from megavlm.data.loader import Damage, StepBatches
 from megavlm.data.order import StepOrder, StepSamples
 from megavlm.data.permutation import mixed
-from megavlm.data.step_plan import DataConfig
+from megavlm.data.step_plan import DataConfig, StepPlan
 from megavlm.errors import DataError
 from megavlm.log import get_logger
 from megavlm.tiles import Ints
@@ -32,7 +37,13 @@ from megavlm.tiles import Ints
 logger = get_logger(__name__)
 
 SETTINGS_FILE, ASIDE = "data.json", "set-aside"
-LEFT_OUT = "left out"
+CUT, LEFT_OUT, DAMAGED = "cut", "left out", "damaged"
+UNCUT = f"{LEFT_OUT}: cannot be cut"
+"""Of samples that end with an image: only who reads them can tell."""
+MOST_NAMED = 20
+"""Damaged samples of a line that are named where not all are; more of them are counted. A data set that has gone
+missing would write much more until `--max-damaged-fraction` stops the run."""
+LONGEST_PROBLEM = 300
 SIZES = "sizes"
 """Among the settings: how many samples each data set has."""
 
@@ -68,9 +79,11 @@ class LedgerWriter:
         self.folder.mkdir(parents=True, exist_ok=True)
         if rank == 0:
             self._check_settings(settings)
-        for number, path in _ranks(self.folder).items():
-            if number % ranks == rank:
-                set_aside(path, first_step)
+        mine = [path for number, path in _ranks(self.folder).items() if number % ranks == rank]
+        moved = [aside for path in mine if (aside := set_aside(path, first_step))]
+        if moved and rank == 0:
+            words = "%s: the lines behind step %d, and what cannot be read there, are set aside (%s)"
+            logger.info(words, self.folder, first_step, moved[0].name, extra={"from_any_rank": True})
         self._names_all = bool(settings["data"].get("full_ledger"))
         self._path = self.folder / _name(rank)
         self._file = open_to_append(self._path)
@@ -79,19 +92,19 @@ class LedgerWriter:
     def _check_settings(self, settings: dict[str, Any]) -> None:
         path = self.folder / SETTINGS_FILE
         if path.exists():
-            self._refuse_another_order(json.loads(path.read_text(encoding="utf-8")), settings)
+            self._refuse_another_order(*_order_settings(path), settings)
         with atomic_file(path) as file:
             file.write(json.dumps(settings, indent=1).encode() + b"\n")
 
-    def _refuse_another_order(self, before: dict[str, Any], now: dict[str, Any]) -> None:
+    def _refuse_another_order(self, order: Any, sizes: dict[str, Any], now: dict[str, Any]) -> None:
         """The order follows from streams, seed and sizes; rows, threads and places of data sets may change."""
-        if (before["data"]["streams"], before["seed"]) != (now["data"]["streams"], now["seed"]):
+        if order != (now["data"]["streams"], now["seed"]):
             problem = "is of a run with other data settings, so its order was another one"
             raise DataError("ledger", str(self.folder), problem, "go on with its settings, or save to another folder")
-        for name, size in before.get(SIZES, {}).items():
-            if now[SIZES][name] != size:
+        for name, size in sizes.items():
+            if (size_now := now[SIZES].get(name)) != size:
                 problem = f"is of a run in which {name} had {size} samples, so its order was another one"
-                remedy = f"go on with that data set (it has {now[SIZES][name]} now), or save to another folder"
+                remedy = f"go on with that data set (it has {size_now} now), or save to another folder"
                 raise DataError("ledger", str(self.folder), problem, remedy)
 
     def write(self, found: StepBatches, consumed: Ints, damaged: Sequence[Damage], names: Sequence[str]) -> None:
@@ -102,21 +115,19 @@ class LedgerWriter:
             "samples": len(consumed),
             "digest": f"{digest(plan.samples, consumed, names):016x}",
         }
-        wrong = [
-            {
-                "source": one.sample.source,
-                "index": one.sample.index,
-                "problem": f"{LEFT_OUT}: {one.problem}" if one.is_too_long else one.problem,
-            }
-            for one in damaged
-        ]
-        too_long = [one.sample.place for one in damaged if one.is_too_long]
-        for flags, problem in ((plan.is_cut, "cut"), (plan.is_dropped, LEFT_OUT)):
-            for place in np.setdiff1d(consumed[flags[consumed]], too_long).tolist():
-                name = names[int(plan.samples.source[place])]
-                wrong.append({"source": name, "index": int(plan.samples.index[place]), "problem": problem})
-        if wrong:
-            line["notes"] = wrong
+        planned = _planned(plan, consumed, damaged)
+        if self._names_all:
+            notes, counted = _notes(damaged) + _notes_of_planned(plan.samples, planned, names), {}
+        else:
+            broken = [one for one in damaged if not one.is_too_long]
+            notes = [{**note, "problem": _shortened(note["problem"])} for note in _notes(broken[:MOST_NAMED])]
+            planned[UNCUT] = _places(one for one in damaged if one.is_too_long)
+            planned[DAMAGED] = _places(broken[MOST_NAMED:])
+            counted = {what: _counted(plan.samples, places, names) for what, places in planned.items() if len(places)}
+        if notes:
+            line["notes"] = notes
+        if counted:
+            line["counted"] = counted
         if self._names_all:
             line["names"] = _all_names(plan.samples, consumed, names)
         self._append(json.dumps(line).encode() + b"\n")
@@ -141,6 +152,57 @@ class LedgerWriter:
             logger.warning("%s lacks its last %d lines, for which there was no room", self._path, len(self._unwritten))
 
 
+def _order_settings(path: Path) -> tuple[Any, dict[str, Any]]:
+    """What a run's order followed from: (streams, seed), and the sizes of data sets."""
+    try:
+        settings = json.loads(path.read_text(encoding="utf-8"))
+        return (settings["data"]["streams"], settings["seed"]), dict(settings.get(SIZES, {}))
+    except (OSError, ValueError, TypeError, KeyError):
+        raise DataError("ledger", str(path), "cannot be read", "copy it again, or save to another folder") from None
+
+
+def _planned(plan: StepPlan, consumed: Ints, damaged: Sequence[Damage]) -> dict[str, Ints]:
+    """What was to become of samples -> their places in the step; without those that turned out to be impossible."""
+    impossible = _places(one for one in damaged if one.is_too_long)
+    flags = {CUT: plan.is_cut, LEFT_OUT: plan.is_dropped}
+    return {what: np.setdiff1d(consumed[of_all[consumed]], impossible) for what, of_all in flags.items()}
+
+
+def _places(damaged: Iterable[Damage]) -> Ints:
+    return np.array([one.sample.place for one in damaged], np.int64)
+
+
+def _notes(damaged: Iterable[Damage]) -> list[dict[str, Any]]:
+    return [
+        {
+            "source": one.sample.source,
+            "index": one.sample.index,
+            "problem": f"{LEFT_OUT}: {one.problem}" if one.is_too_long else one.problem,
+        }
+        for one in damaged
+    ]
+
+
+def _notes_of_planned(samples: StepSamples, planned: dict[str, Ints], names: Sequence[str]) -> list[dict[str, Any]]:
+    return [
+        {"source": names[int(samples.source[place])], "index": int(samples.index[place]), "problem": what}
+        for what, places in planned.items()
+        for place in places.tolist()
+    ]
+
+
+def _shortened(problem: str) -> str:
+    return problem if len(problem) <= LONGEST_PROBLEM else problem[: LONGEST_PROBLEM - 3] + "..."
+
+
+def _counted(samples: StepSamples, places: Ints, names: Sequence[str]) -> dict[str, Any]:
+    """How many there are of each source, and the digest that tells whether they are the same as another run's."""
+    numbers: dict[str, int] = {}
+    for source, number in zip(*np.unique(samples.source[places], return_counts=True), strict=True):
+        numbers[names[int(source)]] = numbers.get(names[int(source)], 0) + int(number)
+    return {"samples": numbers, "digest": f"{digest(samples, places, names):016x}"}
+
+
 def _all_names(samples: StepSamples, chosen: Ints, names: Sequence[str]) -> dict[str, list[list[int]]]:
     """Source -> (index, epoch) of each chosen sample."""
     found: dict[str, list[list[int]]] = {}
@@ -150,28 +212,44 @@ def _all_names(samples: StepSamples, chosen: Ints, names: Sequence[str]) -> dict
     return found
 
 
-def set_aside(path: Path, first_step: int) -> None:
-    """Move a rank's lines from a step on, or a broken last one, into a file of their own."""
-    kept: list[str] = []
-    moved: list[str] = []
-    for text in path.read_text(encoding="utf-8").splitlines(keepends=True):
-        line = _parsed(text)
-        (kept if line is not None and line["step"] < first_step else moved).append(text)
-    if not moved:
+def set_aside(path: Path, first_step: int) -> Path | None:
+    """Move a rank's lines from a step on, and what broke off behind the others, into a file of their own, if any.
+
+    Steps rise in a file, so these lines are its end, and only that is read.
+    """
+    end, aside = where_to_cut(path, _step_of, first_step), None
+    with path.open("r+b") as file:
+        if end < file.seek(0, os.SEEK_END):
+            aside = _name_aside(path)
+            file.seek(end)
+            with atomic_file(aside) as moved:
+                shutil.copyfileobj(file, moved, AT_ONCE)
+            file.truncate(end)
+        _end_last_line(file, end)
+        file.flush()
+        os.fsync(file.fileno())
+    return aside
+
+
+def _name_aside(path: Path) -> Path:
+    numbers = count(len(list(path.parent.glob(f"{ASIDE}-*"))))
+    names = (path.parent / f"{ASIDE}-{number:04d}-{path.name}" for number in numbers)
+    return next(name for name in names if not name.exists())
+
+
+def _end_last_line(file: BinaryIO, size: int) -> None:
+    """A whole line of which only the end is missing would swallow the next one."""
+    if size == 0:
         return
-    number = len(list(path.parent.glob(f"{ASIDE}-*")))
-    (path.parent / f"{ASIDE}-{number:04d}-{path.name}").write_text("".join(moved), encoding="utf-8")
-    with atomic_file(path) as file:
-        file.write("".join(kept).encode())
+    file.seek(size - 1)
+    if file.read(1) != b"\n":
+        file.write(b"\n")
 
 
-def _parsed(text: str) -> dict[str, Any] | None:
-    """A line; None where a killed run broke off in it."""
-    try:
-        line = json.loads(text)
-    except ValueError:
-        return None
-    return line if isinstance(line, dict) and isinstance(line.get("step"), int) else None
+def _step_of(_: int, line: bytes) -> int | None:
+    """None where a killed run broke off in the line, or it is none of a ledger."""
+    found = numbered_line(line, "step")
+    return None if found is None else int(found["step"])
 
 
 def _name(rank: int) -> str:
@@ -180,7 +258,8 @@ def _name(rank: int) -> str:
 
 def _ranks(folder: Path) -> dict[int, Path]:
     """The files of all ranks that the run ever had."""
-    return {int(path.stem.removeprefix("rank-")): path for path in sorted(folder.glob("rank-[0-9]*.jsonl"))}
+    numbers = ((path.stem.removeprefix("rank-"), path) for path in sorted(folder.glob("rank-*.jsonl")))
+    return {int(number): path for number, path in numbers if number.isascii() and number.isdecimal()}
 
 
 @dataclass(frozen=True)
@@ -225,31 +304,55 @@ def check_ledger(folder: str | Path, order: StepOrder) -> LedgerReport:
     """Compare every step of a ledger with the order: nothing lost, nothing twice, nothing else."""
     folder = Path(folder)
     names = [source.name for source in order.sources]
-    found: dict[int, list[dict[str, Any]]] = {}
+    found: dict[int, _Sums] = {}
     wrong = []
     for path in _ranks(folder).values():
-        for number, text in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
-            line = _parsed(text)
-            if line is None:
-                wrong.append(f"{path.name}, line {number}: broken off")
-            else:
-                found.setdefault(line["step"], []).append(line)
+        with path.open("rb") as file:
+            for number, text in enumerate(file, 1):
+                line = _sums(text)
+                if line is None:
+                    wrong.append(f"{path.name}, line {number}: broken off, or none of a ledger")
+                else:
+                    step = int(line.step)
+                    found[step] = found[step].plus(line) if step in found else line
     if not found:
         raise DataError("ledger", str(folder), "holds no step", "give the folder `ledger` of a run")
     last = max(found)
-    samples = noted = 0
     for step in range(last + 1):
-        lines = found.get(step, [])
+        line = found.get(step)
         expected = order.step(step)
         everything = np.arange(len(expected.index))
-        count = sum(line["samples"] for line in lines)
-        total = sum(int(line["digest"], 16) for line in lines) % 2**64
-        if not lines:
+        if line is None:
             wrong.append(f"step {step}: lost, of {last + 1} steps")
-        elif count != len(everything):
-            wrong.append(f"step {step}: {count} samples, and the order has {len(everything)}")
-        elif total != digest(expected, everything, names):
+        elif line.samples != len(everything):
+            wrong.append(f"step {step}: {line.samples} samples, and the order has {len(everything)}")
+        elif line.digest != digest(expected, everything, names):
             wrong.append(f"step {step}: other samples than the order has")
-        samples += count
-        noted += sum(len(line.get("notes", [])) for line in lines)
+    samples, noted = (sum(getattr(line, name) for line in found.values()) for name in ("samples", "noted"))
     return LedgerReport(last + 1, samples, noted, wrong)
+
+
+class _Sums(NamedTuple):
+    """Of the lines of a step."""
+
+    step: int
+    samples: int
+    digest: int
+    noted: int
+
+    def plus(self, other: _Sums) -> _Sums:
+        total = (self.digest + other.digest) % 2**64
+        return _Sums(self.step, self.samples + other.samples, total, self.noted + other.noted)
+
+
+def _sums(text: bytes) -> _Sums | None:
+    """A line's; None where it is none of a ledger, of this form or of the one that named all that was cut."""
+    line = numbered_line(text, "step")
+    try:
+        if line is None:
+            return None
+        counted = [number for one in line.get("counted", {}).values() for number in one["samples"].values()]
+        noted = len(line.get("notes", [])) + sum(map(int, counted))
+        return _Sums(line["step"], int(line["samples"]), int(line["digest"], 16) % 2**64, noted)
+    except (AttributeError, KeyError, TypeError, ValueError):
+        return None

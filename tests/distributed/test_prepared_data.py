@@ -244,8 +244,10 @@ def order_of(family: str, world: Path) -> StepOrder:
 
 
 def test_two_streams_weigh_what_they_say(alone: dict[str, Any]) -> None:
-    notes = [json.loads(line) for line in (alone["infimm"][1] / "rank-00000.jsonl").read_text().splitlines()]
-    assert {note["problem"] for line in notes for note in line.get("notes", [])} == {"cut"}
+    lines = [json.loads(line) for line in (alone["infimm"][1] / "rank-00000.jsonl").read_text().splitlines()]
+    assert {what for line in lines for what in line["counted"]} == {"cut"} and not any(
+        "notes" in line for line in lines
+    )
 
 
 def test_documents_are_cut_before_their_last_pictures(world: Path) -> None:
@@ -296,6 +298,7 @@ def late_steps(world: str, root: str) -> float:
         path=f"{root}/data",
         streams=(stream(["chat"], 12, tokens_per_sample=150, over_long="cut"),),
         most_damaged=0.01,
+        full_ledger=True,
     )
     run = run.replace(data=data, train=run.train.replace(train_iters=2))
     groups = process_groups.start(run.parallel)
@@ -385,7 +388,7 @@ def test_a_chain_of_resumes_leaves_the_ledger_of_an_unbroken_run(
     assert (report.steps, report.samples, report.wrong) == (8, 96, [])
     with (ledger / "rank-00000.jsonl").open("a") as file:
         file.write('{"step": 8, "sam')
-    assert check_ledger(ledger, order).wrong == ["rank-00000.jsonl, line 9: broken off"]
+    assert check_ledger(ledger, order).wrong == ["rank-00000.jsonl, line 9: broken off, or none of a ledger"]
     spawn(resume, 1, str(world), str(ledger), 8, 9, {})
     report = check_ledger(ledger, order)
     assert (report.steps, report.wrong) == (9, [])
