@@ -49,7 +49,7 @@ class DataConfig(Config):
     most_damaged: float = option(0.01, name="--max-damaged-fraction")
     """Of all samples so far, those that could not be read: above it the run stops."""
     full_ledger: bool = False
-    """Write every sample's name into the ledger. Otherwise damaged ones are named, and those cut or left out counted."""
+    """Write every sample's name into the ledger. Otherwise damaged ones are named, those cut or left out counted."""
 
     def check(self) -> None:
         require(len(self.streams) > 0, self, "streams", "is empty", "name at least one stream")
