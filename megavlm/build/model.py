@@ -23,7 +23,7 @@ from megavlm.model.backend import is_transformer_engine, spec_provider
 from megavlm.model.decoder.model import Decoder
 from megavlm.model.freeze import freeze_all_but
 from megavlm.model.infimm.model import InfiMM
-from megavlm.model.precision import check_fp8, precision_fields
+from megavlm.model.precision import check_fp8, forget_fp8_layers, precision_fields
 from megavlm.model.state_map import StateMap
 from megavlm.parallel.agree import agreed
 from megavlm.parallel.groups import Groups
@@ -73,6 +73,7 @@ def build_model(run: RunConfig, groups: Groups) -> Model:
         # Before memory is taken for what the settings say, it has to be what the files hold.
         source, state_map = _checked_weights(run, groups, files)
         fields = _transformer_fields(run, engine)
+        forget_fp8_layers()
         chunks = build_chunks(chunk_builder(run, provider), run.decoder, fields, run.parallel, groups)
         freeze_all_but(chunks, run.trainable)
         tower = frozen_tower(run, groups)

@@ -160,20 +160,31 @@ def _blocks_within(blocks: Sequence[Block], first: int, last: int) -> tuple[list
 def named_parameters(chunk: nn.Module) -> Iterable[tuple[str, nn.Parameter]]:
     """The chunk's parameters under the names of the state map: layers by their number in the whole model, norms apart.
 
-    A pipeline chunk numbers its layers from 0, and Transformer Engine holds a norm inside the layer behind it.
+    Transformer Engine holds a norm inside the layer behind it.
     """
+    name_in_whole = names_in_whole(chunk)
+    fused = {theirs: ours for ours, theirs in FUSED_NORM_NAMES.items()}
+    for name, parameter in chunk.named_parameters():
+        name = name_in_whole(name)
+        if ".layers." in f".{name}":
+            for inside, apart in fused.items():
+                name = name.replace(inside, apart)
+        yield name, parameter
+
+
+def names_in_whole(chunk: nn.Module) -> Callable[[str], str]:
+    """What the whole model calls that which has a name in this chunk, which numbers its layers from 0."""
     layers = {
         name: module.layer_number - 1
         for name, module in chunk.named_modules()
         if isinstance(getattr(module, "layer_number", None), int) and name.rpartition(".")[2].isdecimal()
     }
-    fused = {theirs: ours for ours, theirs in FUSED_NORM_NAMES.items()}
-    for name, parameter in chunk.named_parameters():
+
+    def name_in_whole(name: str) -> str:
         for prefix, number in layers.items():
             if name.startswith(prefix + "."):
-                rest = name[len(prefix) + 1 :]
-                for inside, apart in fused.items():
-                    rest = rest.replace(inside, apart)
-                name = f"{prefix.rpartition('.')[0]}.{number}.{rest}"
+                name = f"{prefix.rpartition('.')[0]}.{number}.{name[len(prefix) + 1 :]}"
                 break
-        yield name.removeprefix("module."), parameter
+        return name.removeprefix("module.")
+
+    return name_in_whole

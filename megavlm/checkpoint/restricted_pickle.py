@@ -1,4 +1,5 @@
-"""The pickles of megatron-core's checkpoint format, read without running what they name.
+"""The pickles that megatron-core's checkpoint format and Transformer Engine's layers make, read without running what
+they name.
 
 torch reads `.metadata` with plain pickle, whatever `weights_only` says elsewhere. So it is read here first: a pickle
 that calls for anything but the few plain classes it is made of is refused, and torch never opens it.
@@ -8,10 +9,12 @@ from __future__ import annotations
 
 import io
 import pickle
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.distributed.checkpoint.metadata import Metadata
 
 from megavlm.errors import CheckpointError
@@ -84,6 +87,76 @@ def check_common(folder: Path) -> None:
         raise
     except Exception as error:  # as above
         raise _refusal(path, str(error).splitlines()[0]) from error
+
+
+def extra_state_values(content: bytes, layer: str) -> dict[str, Any]:
+    """The tensors and plain values of the extra state that a layer of Transformer Engine has pickled.
+
+    From 2.11 to 2.18 it is a dict of `recipe` (an object), under the delayed recipe `scale_fwd`, `amax_history_fwd`,
+    `scale_bwd` and `amax_history_bwd` (float32, on the CPU), and `extra_fp8_variables` (numbers, words and lists of
+    them; attention puts its recipes there, and makes them anew). Operations have such a dict for each direction.
+    """
+    try:
+        values = _plain(_Inert(io.BytesIO(content)).load())
+    except Exception as error:  # another format raises whatever its bytes happen to call for
+        raise _no_extra_state(layer, str(error)) from error
+    if not isinstance(values, dict):
+        raise _no_extra_state(layer, type(values).__name__)
+    return values
+
+
+def extra_state_bytes(values: Mapping[str, Any], recipe: Any) -> bytes:
+    """The pickle of such values with the recipe of this run, which `extra_state_values` left out."""
+    return pickle.dumps(_with_recipe(values, recipe))
+
+
+class _Inert(pickle.Unpickler):
+    """Makes tensors, and of all else that is no plain value a stand-in that does nothing."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) == ("torch.storage", "_load_from_bytes"):
+            return _storage
+        if (module, name) in (("torch._utils", "_rebuild_tensor_v2"), ("collections", "OrderedDict")):
+            return super().find_class(module, name)
+        return _StandIn
+
+
+class _StandIn:
+    def __new__(cls, *_: Any, **__: Any) -> _StandIn:
+        return super().__new__(cls)
+
+    def __setstate__(self, state: Any) -> None:
+        pass
+
+
+_LEFT_OUT = object()
+
+
+def _storage(content: bytes) -> Any:
+    return torch.load(io.BytesIO(content), weights_only=True)
+
+
+def _plain(value: Any) -> Any:
+    """The value without what a stand-in has taken the place of."""
+    if isinstance(value, dict):
+        kept = {key: _plain(item) for key, item in value.items()}
+        return {key: item for key, item in kept.items() if item is not _LEFT_OUT}
+    if isinstance(value, list | tuple):
+        items = [_plain(item) for item in value]
+        return _LEFT_OUT if any(item is _LEFT_OUT for item in items) else type(value)(items)
+    return value if isinstance(value, Tensor | bool | int | float | str | None) else _LEFT_OUT
+
+
+def _with_recipe(values: Mapping[str, Any], recipe: Any) -> dict[str, Any]:
+    if "extra_fp8_variables" in values:
+        return {"recipe": recipe, **values}
+    return {name: _with_recipe(one, recipe) for name, one in values.items()}
+
+
+def _no_extra_state(layer: str, what: str) -> CheckpointError:
+    problem = "is no extra state as Transformer Engine 2.11 to 2.18 writes it"
+    remedy = "take one of these versions, or another --fp8-recipe"
+    return CheckpointError(f"the FP8 scales of {layer}", next(iter(what.splitlines()), ""), problem, remedy)
 
 
 def _check_size(path: Path) -> None:

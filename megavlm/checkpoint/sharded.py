@@ -1,7 +1,7 @@
-"""One checkpoint of a run: trainable weights, optimizer, schedule and generators, written and read by all ranks.
+"""One checkpoint of a run: trainable weights, optimizer, schedule, generators and the scales of FP8.
 
-Every tensor is saved in the shape that the whole model gives it, so that any layout can read what any other wrote;
-the data-parallel ranks, who hold the same, share the writing out.
+All ranks write and read it. Every tensor is saved in the shape that the whole model gives it, so that any layout can
+read what any other wrote; the data-parallel ranks, who hold the same, share the writing out.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
+from megavlm.checkpoint.fp8_scales import read_scales, restore_scales, scales_key, scales_to_save
 from megavlm.checkpoint.generators import generator_states, set_generator_states
 from megavlm.checkpoint.optimizer_state import gather_states, set_steps_taken, slots, steps_taken
 from megavlm.checkpoint.restricted_pickle import check_common, read_metadata
@@ -50,7 +51,7 @@ class Counters:
 def plan_checkpoint(state: TrainState, *, snapshot: bool) -> Plan:
     """What each rank will write; with `snapshot` it is copied, so that training may go on while it is written."""
     gather_parameters(list(state.chunks))
-    return plan_files([*_tensors_to_save(state, snapshot), *_generators_to_save(state)])
+    return plan_files([*_tensors_to_save(state, snapshot), *_generators_to_save(state), *_scales_to_save(state)])
 
 
 def counters(state: TrainState) -> Counters:
@@ -68,8 +69,10 @@ def load_checkpoint(state: TrainState, folder: Path, step: int, found: Counters,
     with agreed():
         check_common(folder)
         _check_tensors(wanted.tensors.values(), read_metadata(folder), folder)
+        scales = read_scales(state, folder, same_place)
     with agreed():  # torch tells all ranks of one that cannot read
         wanted.read(folder)
+    restore_scales(state, scales)
     set_steps_taken(state.optimizer, found.optimizer_steps)
     state.scheduler.num_steps = found.scheduler_steps
     state.scheduler.step(increment=0)
@@ -117,6 +120,12 @@ def _generators_to_save(state: TrainState) -> Iterator[ShardedTensor]:
     rank, ranks = state.groups.rank, state.groups.world_size
     for name, tensor in generator_states(state.groups.device).items():
         yield ShardedTensor.from_rank_offsets(f"generators.{name}", tensor[None].clone(), (0, rank, ranks))
+
+
+def _scales_to_save(state: TrainState) -> Iterator[ShardedTensor]:
+    scales = scales_to_save(state)
+    if scales is not None:
+        yield ShardedTensor.from_rank_offsets(scales_key(state.groups.rank), scales)
 
 
 def _state_key(name: str, key: str) -> str:

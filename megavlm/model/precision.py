@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
+from megatron.core import fp8_utils
 
 from megavlm.config import Config, option
 from megavlm.errors import UnavailableError
@@ -58,3 +59,13 @@ def precision_fields(config: PrecisionConfig) -> dict[str, Any]:
     if config.fp8_format != "none":
         fields |= {"fp8": config.fp8_format, "fp8_recipe": config.fp8_recipe}
     return fields
+
+
+def forget_fp8_layers() -> None:
+    """Make Transformer Engine let go of the layers of a model that is gone, before another one is built.
+
+    It reduces the scales of all layers that it has met, each over the group they were built with, at every pass: ranks
+    that lie elsewhere in another layout would wait for each other.
+    """
+    if fp8_utils.HAVE_TE:
+        fp8_utils.FP8GlobalStateManager.reset()

@@ -9,6 +9,7 @@ from pathlib import Path
 from torch import nn
 
 from megavlm.checkpoint.atomic import replace_file
+from megavlm.checkpoint.fp8_scales import scales_kept
 from megavlm.log import get_logger
 from megavlm.parallel.agree import said_by_first
 from megavlm.parallel.schedule import GlobalLoss, forward_loss
@@ -105,12 +106,13 @@ class MeanLosses:
 
 @contextmanager
 def evaluating(chunks: Sequence[nn.Module]) -> Iterator[None]:
-    """Without dropout, which would also move the generators."""
+    """Without dropout, which would also move the generators, and without a trace in the scales of FP8."""
     modes = {module: module.training for chunk in chunks for module in chunk.modules()}
     try:
         for module in modes:
             module.training = False
-        yield
+        with scales_kept(chunks, chunks[0].config):
+            yield
     finally:
         for module, mode in modes.items():
             module.training = mode
