@@ -26,6 +26,8 @@ def run_from_checkpoint(path: str | Path) -> tuple[RunConfig, str | None]:
         parallel=ParallelConfig(),
         recompute=RecomputeConfig(),
         transformer_impl="auto",
+        # Weights are the same in any format, and FP8 takes no row of a single token, nor every machine.
+        precision=saved.precision.replace(fp8_format="none"),
         checkpoint=CheckpointConfig(),
         weights=WeightsConfig(pretrained_checkpoint=str(folder)),
     )

@@ -66,7 +66,7 @@ def build_model(run: RunConfig, groups: Groups) -> Model:
                 "the extra megavlm[gpu]"
             )
         check_fp8(run.precision, chip, capability, engine)
-        check_recompute(run.recompute, capability is not None, engine)
+        check_recompute(run.recompute, run.precision, capability is not None, engine)
         run = with_layout(run)
         check_recompute_units(run.recompute, layers_of_chunks(run.parallel, run.decoder.num_layers))
     with contextlib.ExitStack() as files:

@@ -18,7 +18,7 @@ from megavlm.model.cross_attention import CrossAttentionConfig
 from megavlm.model.decoder.config import DecoderConfig
 from megavlm.model.freeze import PARTS_OF_AQUILA_VL, PARTS_OF_INFIMM, Part
 from megavlm.model.infimm.config import InfiMMConfig
-from megavlm.model.precision import PrecisionConfig
+from megavlm.model.precision import PrecisionConfig, check_fp8_rows
 from megavlm.model.resampler import ResamplerConfig
 from megavlm.model.towers.eva_config import EvaConfig, eva_tower
 from megavlm.model.towers.siglip_config import SIGLIP_SO400M, SiglipConfig
@@ -334,6 +334,8 @@ def _check_packed_rows(run: RunConfig, data: DataConfig, data_ranks: int) -> Non
             f"sequence parallelism over {tensor} ranks does not divide it",
             f"use a multiple of {tensor}, or drop --sequence-parallel",
         )
+    slices = tensor if run.parallel.sequence_parallel else 1
+    check_fp8_rows(run.precision, "data.rows.length_multiple", data.rows.length_multiple, slices)
     longest = run.decoder.longest_text
     if data.rows.max_tokens > longest:
         raise LayoutError(
@@ -363,6 +365,8 @@ def _check_toy_rows(run: RunConfig, data_ranks: int) -> None:
             f"sequence parallelism over {tensor} ranks does not divide it",
             f"use {run.row_tokens // tensor * tensor or tensor}, or drop --sequence-parallel",
         )
+    slices = tensor if run.parallel.sequence_parallel else 1
+    check_fp8_rows(run.precision, "train.seq_length", run.row_tokens, slices)
     at_once = run.train.micro_batch_size * data_ranks
     batch = run.samples_per_step
     if batch % at_once:

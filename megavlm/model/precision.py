@@ -9,7 +9,7 @@ import torch
 from megatron.core import fp8_utils
 
 from megavlm.config import Config, option
-from megavlm.errors import UnavailableError
+from megavlm.errors import LayoutError, UnavailableError
 
 # The compute capability from which a chip has the format: Ada and Hopper, and Blackwell for the micro-scaled one.
 _FP8_SINCE = {"delayed": (8, 9), "tensorwise": (8, 9), "blockwise": (9, 0), "mxfp8": (10, 0)}
@@ -51,6 +51,14 @@ def check_fp8(config: PrecisionConfig, chip: str, capability: tuple[int, int] | 
             "FP8 layers come from Transformer Engine, which is not in use here",
             "install the extra megavlm[gpu] and use --transformer-impl auto",
         )
+
+
+def check_fp8_rows(config: PrecisionConfig, where: str, tokens: int, sequence_parallel_ranks: int) -> None:
+    """Refuse rows whose length FP8 products do not take: 16 tokens together, and 8 on each rank that holds a slice."""
+    unit = max(16, 8 * sequence_parallel_ranks)
+    if config.fp8_format != "none" and tokens % unit:
+        problem = f"is no multiple of {unit}, which products in FP8 need"
+        raise LayoutError(where, tokens, problem, f"use {-(-tokens // unit) * unit}, or drop --fp8-format")
 
 
 def precision_fields(config: PrecisionConfig) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from megavlm.config import Config, option, require
 from megavlm.errors import LayoutError, UnavailableError
+from megavlm.model.precision import PrecisionConfig
 from megavlm.parallel.layout import nearest_degrees
 
 
@@ -37,9 +38,18 @@ class RecomputeConfig(Config):
         )
 
 
-def check_recompute(config: RecomputeConfig, on_gpu: bool, has_engine: bool) -> None:
-    """Refuse what needs Transformer Engine on a GPU where it is not in use."""
-    if config.granularity == "selective" and "layernorm" in config.modules and on_gpu and not has_engine:
+def check_recompute(config: RecomputeConfig, precision: PrecisionConfig, on_gpu: bool, has_engine: bool) -> None:
+    """Refuse what needs Transformer Engine on a GPU where it is not in use, and what its delayed scales forbid."""
+    if config.granularity != "selective" or "layernorm" not in config.modules:
+        return
+    if precision.fp8_format != "none" and precision.fp8_recipe == "delayed":
+        raise UnavailableError(
+            "--recompute-modules",
+            config.modules,
+            "layernorm cannot be recomputed under the delayed scales of FP8",
+            "leave layernorm out, or use another --fp8-recipe",
+        )
+    if on_gpu and not has_engine:
         raise UnavailableError(
             "--recompute-modules",
             config.modules,
