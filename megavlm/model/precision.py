@@ -13,6 +13,8 @@ from megavlm.errors import LayoutError, UnavailableError
 
 # The compute capability from which a chip has the format: Ada and Hopper, and Blackwell for the micro-scaled one.
 _FP8_SINCE = {"delayed": (8, 9), "tensorwise": (8, 9), "blockwise": (9, 0), "mxfp8": (10, 0)}
+# Consumer Blackwell lacks some of its products.
+_FP8_BEFORE = {"mxfp8": (12, 0)}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,13 +37,14 @@ def check_fp8(config: PrecisionConfig, chip: str, capability: tuple[int, int] | 
     """Refuse FP8 where the chip lacks it (`capability` None: no GPU) or Transformer Engine is not in use."""
     if config.fp8_format == "none":
         return
-    since = _FP8_SINCE[config.fp8_recipe]
-    if capability is None or capability < since:
+    since, before = _FP8_SINCE[config.fp8_recipe], _FP8_BEFORE.get(config.fp8_recipe)
+    if capability is None or capability < since or (before is not None and capability >= before):
+        needs = f"{since[0]}.{since[1]}" + (f" and less than {before[0]}.{before[1]}" if before else "")
         has = "no GPU" if capability is None else f"compute capability {capability[0]}.{capability[1]}"
         raise UnavailableError(
             "--fp8-format",
             config.fp8_format,
-            f"{chip} has {has}; FP8 with the recipe {config.fp8_recipe} needs {since[0]}.{since[1]}",
+            f"{chip} has {has}; FP8 with the recipe {config.fp8_recipe} needs {needs}",
             "drop --fp8-format and train in bfloat16",
         )
     if not has_engine:
@@ -54,8 +57,12 @@ def check_fp8(config: PrecisionConfig, chip: str, capability: tuple[int, int] | 
 
 
 def check_fp8_rows(config: PrecisionConfig, where: str, tokens: int, sequence_parallel_ranks: int) -> None:
-    """Refuse rows whose length FP8 products do not take: 16 tokens together, and 8 on each rank that holds a slice."""
-    unit = max(16, 8 * sequence_parallel_ranks)
+    """Refuse rows whose length FP8 products do not take: 16 tokens together, and 8 on each rank that holds a slice.
+
+    The micro-scaled recipe has a scale for each 32 values, so a slice has whole blocks of them.
+    """
+    blocks = config.fp8_recipe == "mxfp8"
+    unit = 32 * sequence_parallel_ranks if blocks else max(16, 8 * sequence_parallel_ranks)
     if config.fp8_format != "none" and tokens % unit:
         problem = f"is no multiple of {unit}, which products in FP8 need"
         raise LayoutError(where, tokens, problem, f"use {-(-tokens // unit) * unit}, or drop --fp8-format")

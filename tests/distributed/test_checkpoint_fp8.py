@@ -95,7 +95,7 @@ def go_on(runs: dict[str, RunConfig], folder: Path) -> None:
         live = trained(run, folder / name)
         kept = scales_of(live.state.parts)
         assert all(kept.values()), "a layer has no scales"
-        expected, then = live.steps(2, 4), {**fingerprint(live)}
+        expected, then = live.steps(2, 4), fingerprint(live)
         scales_then = scales_of(live.state.parts)
         assert kept != scales_then
         again = start_fp8(run)

@@ -154,6 +154,12 @@ def fingerprint(live: Live) -> dict[str, Tensor]:
     found = {f"weight {n}": p.detach().clone() for part in live.model.parts() for n, p in part.named_parameters()}
     for number, slot in enumerate(slots(live.state.optimizer).values()):
         found |= {f"slot {number} {name}": tensor.detach().clone() for name, tensor in slot.tensors.items()}
+    for part in live.model.parts():
+        for name, module in part.named_modules():
+            kept = module.get_fp8_meta_tensors() if hasattr(module, "get_fp8_meta_tensors") else None
+            found |= {
+                f"{way} {name} {i}": tensor for way, both in (kept or {}).items() for i, tensor in enumerate(both)
+            }
     found |= {f"generator {n}": state.clone() for n, state in generator_states(live.groups.device).items()}
     counts = [steps_taken(live.state.optimizer), live.state.scheduler.num_steps]
     rates = [group["lr"] for group in live.state.optimizer.param_groups]

@@ -19,7 +19,7 @@ from megavlm.build.run_config import ParallelConfig, RunConfig, check_for_world
 from megavlm.checkpoint import shelf
 from megavlm.checkpoint.restricted_pickle import extra_state_bytes, extra_state_values
 from megavlm.errors import CheckpointError, LayoutError, UnavailableError
-from megavlm.model.precision import PrecisionConfig, forget_fp8_layers
+from megavlm.model.precision import PrecisionConfig, check_fp8, forget_fp8_layers
 from megavlm.parallel.recompute import RecomputeConfig, check_recompute
 from megavlm.recipes import recipe
 
@@ -58,6 +58,16 @@ def test_rows_are_as_long_as_fp8_takes_them() -> None:
     slices = {"tensor_model_parallel_size": 2, "sequence_parallel": True}
     check_for_world(run_with_rows(16, FP8, **slices), 2)
     refused(LayoutError, check_for_world, run_with_rows(24, FP8, **slices), 2)
+    refused(LayoutError, check_for_world, run_with_rows(32, FP8.replace(fp8_recipe="mxfp8"), **slices), 2)
+    check_for_world(run_with_rows(64, FP8.replace(fp8_recipe="mxfp8"), **slices), 2)
+
+
+def test_consumer_blackwell_has_no_micro_scaled_products() -> None:
+    mxfp8 = FP8.replace(fp8_recipe="mxfp8")
+    line = refused(UnavailableError, check_fp8, mxfp8, "a chip", (12, 0), True)
+    assert "10.0 and less than 12.0" in line
+    check_fp8(mxfp8, "a chip", (10, 3), True)
+    check_fp8(FP8, "a chip", (12, 0), True)
 
 
 @pytest.mark.parametrize("fp8_format", ["none", "hybrid"])
