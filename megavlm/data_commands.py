@@ -135,9 +135,8 @@ def data_ledger(arguments: list[str]) -> int:
     for line in report.wrong:
         print(line)
     verdict = "nothing lost, nothing twice" if not report.wrong else f"{len(report.wrong)} lines do not hold"
-    print(
-        f"{report.steps} steps, {report.samples} samples, {report.noted} noted as damaged, cut or left out: {verdict}"
-    )
+    counts = f"{report.damaged} damaged, {report.shortened} cut or left out"
+    print(f"{report.steps} steps, {report.samples} samples, {counts}: {verdict}")
     return 1 if report.wrong else 0
 
 

@@ -12,10 +12,12 @@ the sizes of data sets that the order follows from.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import os
 import shutil
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import count
@@ -268,8 +270,10 @@ class LedgerReport:
 
     steps: int
     samples: int
-    noted: int
-    """Samples that were damaged, cut or left out."""
+    damaged: int
+    """Samples that could not be read."""
+    shortened: int
+    """Samples that were cut or left out for their length."""
     wrong: list[str] = field(default_factory=list)
     """What does not hold, one line each."""
 
@@ -328,8 +332,8 @@ def check_ledger(folder: str | Path, order: StepOrder) -> LedgerReport:
             wrong.append(f"step {step}: {line.samples} samples, and the order has {len(everything)}")
         elif line.digest != digest(expected, everything, names):
             wrong.append(f"step {step}: other samples than the order has")
-    samples, noted = (sum(getattr(line, name) for line in found.values()) for name in ("samples", "noted"))
-    return LedgerReport(last + 1, samples, noted, wrong)
+    total = functools.reduce(_Sums.plus, found.values())
+    return LedgerReport(last + 1, total.samples, total.damaged, total.shortened, wrong)
 
 
 class _Sums(NamedTuple):
@@ -338,11 +342,17 @@ class _Sums(NamedTuple):
     step: int
     samples: int
     digest: int
-    noted: int
+    damaged: int
+    shortened: int
 
     def plus(self, other: _Sums) -> _Sums:
-        total = (self.digest + other.digest) % 2**64
-        return _Sums(self.step, self.samples + other.samples, total, self.noted + other.noted)
+        return _Sums(
+            self.step,
+            self.samples + other.samples,
+            (self.digest + other.digest) % 2**64,
+            self.damaged + other.damaged,
+            self.shortened + other.shortened,
+        )
 
 
 def _sums(text: bytes) -> _Sums | None:
@@ -351,8 +361,11 @@ def _sums(text: bytes) -> _Sums | None:
     try:
         if line is None:
             return None
-        counted = [number for one in line.get("counted", {}).values() for number in one["samples"].values()]
-        noted = len(line.get("notes", [])) + sum(map(int, counted))
-        return _Sums(line["step"], int(line["samples"]), int(line["digest"], 16) % 2**64, noted)
+        problems = Counter(str(note["problem"]) for note in line.get("notes", []))
+        for problem, one in line.get("counted", {}).items():
+            problems[problem] += sum(map(int, one["samples"].values()))
+        shortened = sum(problems[one] for one in problems if one == CUT or one.startswith(LEFT_OUT))
+        damaged = problems.total() - shortened
+        return _Sums(line["step"], int(line["samples"]), int(line["digest"], 16) % 2**64, damaged, shortened)
     except (AttributeError, KeyError, TypeError, ValueError):
         return None

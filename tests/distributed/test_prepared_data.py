@@ -336,7 +336,7 @@ def test_damage_that_one_rank_sees_is_known_to_all(layout: str, world: Path, tmp
     assert_same_losses(found[0][0][0], alone[0][0][0])
     (line,) = (json.loads(line) for line in (tmp_path / "ledger" / "rank-00000.jsonl").read_text().splitlines())
     assert "checksum" in line["notes"][0]["problem"]
-    assert check_ledger(tmp_path / "ledger", order_of("aquila", world)).noted == 1
+    assert check_ledger(tmp_path / "ledger", order_of("aquila", world)).damaged == 1
 
 
 def test_too_much_damage_stops_the_run(world: Path, tmp_path: Path) -> None:
@@ -399,7 +399,7 @@ def test_a_chain_of_resumes_leaves_the_ledger_of_an_unbroken_run(
         assert problem in check_ledger(ledger, order).wrong[0]
     (ledger / "rank-00001.jsonl").write_text("".join(lines))
     assert main(["data", "ledger", str(ledger)]) == 0
-    assert "9 steps, 108 samples, 0 noted" in capsys.readouterr().out
+    assert "9 steps, 108 samples, 0 damaged, 0 cut or left out: nothing lost" in capsys.readouterr().out
     assert main(["data", "ledger", str(ledger), "--data-path", str(tmp_path)]) == 2
     (ledger / "rank-00000.jsonl").unlink()
     assert main(["data", "ledger", str(ledger)]) == 1 and "do not hold" in capsys.readouterr().out

@@ -194,7 +194,10 @@ def test_a_ledger_that_named_what_was_cut_goes_on_and_is_checked(tmp_path: Path)
     stream = StreamConfig(samples_per_step=4, sources=(SourceConfig(name="x", weight=1),))
     order = StepOrder([stream], {"x": 100}, 1)
     named: dict[str, Any] = {"notes": [{"source": "x", "index": 3, "problem": "cut"}]}
-    counted: dict[str, Any] = {"counted": {"cut": {"samples": {"x": 2}, "digest": "0"}}, "notes": [{}]}
+    counted: dict[str, Any] = {
+        "counted": {"cut": {"samples": {"x": 2}, "digest": "0"}},
+        "notes": [{"problem": "no JPEG"}],
+    }
     lines = []
     for step, more in enumerate((named, counted)):
         word = f"{digest(order.step(step), np.arange(4), ['x']):016x}"
@@ -202,7 +205,8 @@ def test_a_ledger_that_named_what_was_cut_goes_on_and_is_checked(tmp_path: Path)
     path = tmp_path / LINE
     path.write_text("\n".join(lines) + "\n")
     assert set_aside(path, 2) is None
-    assert check_ledger(tmp_path, order).noted == 4 and check_ledger(tmp_path, order).wrong == []
+    found = check_ledger(tmp_path, order)
+    assert (found.damaged, found.shortened, found.wrong) == (1, 3, [])
     for bad in (
         '{"step": 2}',
         '{"step": 2, "samples": 4, "digest": 5}',
