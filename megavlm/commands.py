@@ -38,6 +38,7 @@ from megavlm.options import parse_options, take_options
 from megavlm.parallel import groups as process_groups
 from megavlm.parallel.agree import agreed, said_by_first
 from megavlm.parallel.neighbours import Neighbours
+from megavlm.parallel.timeout import timeout_ahead
 from megavlm.recipes import listing, recipe, stages_of
 from megavlm.train.loop import train as run_training
 from megavlm.train.stopping import EX_TEMPFAIL
@@ -88,7 +89,7 @@ def train(arguments: list[str]) -> int:
     name, *options = arguments
     if stages_of(name):
         return _train_stages(name, options)
-    with _joined() as world_size:
+    with _joined(options) as world_size:
         with agreed():
             run = parse_options(recipe(name), options, prog=f"megavlm train {name}")
             check_for_world(run, world_size)
@@ -107,7 +108,7 @@ def train(arguments: list[str]) -> int:
 
 
 def _train_stages(model: str, arguments: list[str]) -> int:
-    with _joined() as world_size:
+    with _joined(arguments) as world_size:
         with agreed():
             runs = {stage: recipe(f"{model}/{stage}") for stage in stages_of(model)}
             own, options = take_options(arguments, [], ["--stages"])
@@ -128,7 +129,7 @@ def verify_hf(arguments: list[str]) -> int:
     )
     if _wants_help(arguments, usage):
         return 0
-    with _joined() as world_size:
+    with _joined(arguments) as world_size:
         with agreed():
             own, options = take_options(
                 arguments, [], [*_SOURCES, "--cases", "--against", "--save-cases", "--seed"], flags=["--json"]
@@ -156,7 +157,7 @@ def export_hf(arguments: list[str]) -> int:
     )
     if _wants_help(arguments, usage):
         return 0
-    with _joined() as world_size:
+    with _joined(arguments) as world_size:
         with agreed():
             own, options = take_options(arguments, ["--out"], [*_SOURCES, "--layout"])
             layout = _layout(own.get("--layout", "transformers"))
@@ -227,7 +228,7 @@ def _import_eva(arguments: list[str]) -> None:
 
 def generate(arguments: list[str]) -> int:
     """`megavlm generate --hf DIR --prompt TEXT [--image FILE ...]`, alone or on every rank of torchrun."""
-    with _joined(logging.WARNING) as world_size:
+    with _joined(arguments, logging.WARNING) as world_size:
         with agreed():
             question = read_question(parse_options(GenerateConfig(), arguments, "megavlm generate"), world_size)
         groups = process_groups.start(question.run.parallel)
@@ -255,10 +256,10 @@ def _cases_file(own: Mapping[str, str], run: RunConfig, rank: int) -> Iterator[s
 
 
 @contextmanager
-def _joined(level: int = logging.INFO) -> Iterator[int]:
+def _joined(words: Sequence[str], level: int = logging.INFO) -> Iterator[int]:
     """The processes of this run joined (how many they are), and left at the end, also after an error."""
     try:
-        world_size = process_groups.join()
+        world_size = process_groups.join(timeout_ahead(words))
         setup_logging(process_groups.world_from_environment()[0], world_size, level)
         neighbours = Neighbours()
         try:

@@ -69,7 +69,7 @@ def _take_gpu() -> None:
     torch.cuda.set_device(own)
 
 
-def join(timeout_minutes: float = 10.0) -> int:
+def join(timeout_minutes: float = ParallelConfig.distributed_timeout_minutes) -> int:
     """Join the other processes of the run, as torchrun lists them; return how many there are."""
     if dist.is_initialized():
         return dist.get_world_size()
@@ -100,6 +100,7 @@ def start(parallel: ParallelConfig, seed: int = 1234) -> Groups:
         ),
         # megatron-core makes a second, gloo, copy of each group for its own checkpoint gathers.
         create_gloo_process_groups=machine.backend() != "gloo",
+        distributed_timeout_minutes=parallel.distributed_timeout_minutes,
     )
     seed_generators(seed)
     return Groups(

@@ -18,6 +18,8 @@ from megavlm.model.decoder.config import DecoderConfig
 
 AUTO = "auto"
 """The layout that is cut by cost."""
+_LONGEST_TIMEOUT = 1_000_000
+"""Minutes; two hundred times as many do not fit 64 bits when they are counted in nanoseconds."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,6 +41,10 @@ class ParallelConfig(Config):
     vision_over: Literal["first_stage", "all_stages"] = "first_stage"
     """Who encodes images with a frozen tower: the first stage's ranks, or all stages' ahead of the schedule."""
 
+    distributed_timeout_minutes: float = 10.0
+    """Minutes that a process waits for the others, where they meet and in each collective, before the run ends. Frozen
+    weights are written once, by one process of each stage, while all others wait: a slow disk needs more."""
+
     def check(self) -> None:
         for name in (
             "tensor_model_parallel_size",
@@ -53,6 +59,13 @@ class ParallelConfig(Config):
             "needs more than one pipeline stage",
             "use 1, or raise pipeline_model_parallel_size",
             error=LayoutError,
+        )
+        require(
+            0 < self.distributed_timeout_minutes <= _LONGEST_TIMEOUT,
+            self,
+            "distributed_timeout_minutes",
+            f"is no time to wait for others (above 0, at most {_LONGEST_TIMEOUT})",
+            "use 10, or more where a disk or a network is slow",
         )
 
     @property

@@ -7,14 +7,19 @@ import re
 import socket
 import subprocess
 import sys
+from typing import Any
 from unittest import mock
 
 import pytest
 import torch
+import torch.distributed as dist
 
+from megavlm.cli import main
 from megavlm.errors import UnavailableError
 from megavlm.parallel import groups as process_groups
+from megavlm.parallel.timeout import timeout_ahead
 from megavlm.platform import machine
+from megavlm.recipes import RECIPES, recipe
 from megavlm.testing import spawn
 
 CASES: list[tuple[dict[str, str | None], str]] = [
@@ -83,7 +88,7 @@ from megavlm.errors import DataError
 from megavlm.platform import machine
 
 def fail(arguments):
-    with commands._joined():
+    with commands._joined(arguments):
         mock.patch.object(machine, "backend", return_value="nccl").start()
         raise {error}
 
@@ -108,3 +113,67 @@ def test_who_fails_alone_on_gpus_says_so_and_waits_for_nobody(error: str, code: 
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == code, done.stderr
     assert said in [*done.stderr.splitlines()[-1:], ""]
+
+
+def minutes_in_training(options: list[str]) -> tuple[int, set[float]]:
+    """The exit code of a step of training, and how long its process groups wait."""
+    found: set[float] = set()
+
+    def telling(function: Any) -> Any:
+        def tells(*arguments: Any, **named: Any) -> Any:
+            found.add(named["timeout"].total_seconds() / 60)
+            return function(*arguments, **named)
+
+        return tells
+
+    dist.init_process_group, dist.new_group = telling(dist.init_process_group), telling(dist.new_group)
+    return main(["train", "decoder-tiny", "--train-iters", "1", *options]), found
+
+
+@pytest.mark.parametrize(("options", "minutes"), [([], 10), (["--distributed-timeout-minutes", "7.5"], 7.5)])
+def test_the_command_line_says_how_long_processes_wait(options: list[str], minutes: float) -> None:
+    assert spawn(minutes_in_training, 2, options) == [(0, {minutes})] * 2
+
+
+def train_without_the_others(options: list[str]) -> int:
+    os.environ.update({"WORLD_SIZE": "2", "RANK": "0"})
+    os.environ.pop("TORCHELASTIC_USE_AGENT_STORE")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        os.environ["MASTER_PORT"] = str(free.getsockname()[1])
+    return main(["train", "decoder-tiny", *options])
+
+
+def test_who_is_told_to_wait_for_seconds_does() -> None:
+    assert spawn(train_without_the_others, 1, ["parallel.distributed_timeout_minutes=0.02"], timeout=60) == [2]
+
+
+OPTION = "--distributed-timeout-minutes"
+
+
+@pytest.mark.parametrize(
+    ("words", "minutes"),
+    [
+        (["--lr", "1", OPTION, "20"], 20),
+        ([f"{OPTION}=20", OPTION, "15"], 15),
+        (["parallel.distributed_timeout_minutes=0.5"], 0.5),
+        ([OPTION, "20", f"finetune:{OPTION}=60", f"pretrain:{OPTION}", "5"], 60),
+        ([OPTION], 10),
+        ([OPTION, "0"], 10),
+        ([OPTION, "many"], 10),
+    ],
+)
+def test_the_time_is_known_before_the_rest_is_read(words: list[str], minutes: float) -> None:
+    assert timeout_ahead(words) == minutes
+
+
+@pytest.mark.parametrize("text", ["0", "-1", "1e300", "nan", "soon"])
+def test_no_time_to_wait_is_refused_in_one_line(text: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train", "decoder-tiny", OPTION, text]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith(f"megavlm: error: {OPTION} = ") and said.count("\n") == 1, said
+
+
+def test_recipes_leave_the_time_to_the_command_line() -> None:
+    """It is needed before a recipe is looked at."""
+    assert {recipe(name).parallel.distributed_timeout_minutes for name in RECIPES} == {10.0}
