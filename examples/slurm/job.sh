@@ -6,6 +6,11 @@
 # `scancel --signal=USR1 --batch JOB` does the same at any time, and so does `scancel --signal=USR1 JOB`, which reaches
 # the nodes without this script. A job that fails by itself is not started again.
 #
+# One job at a time trains into a --save: a second one ends with a line that names the first. To have it wait, give both
+# a name for that folder: `sbatch --job-name NAME --dependency=singleton ...`. The scripts don't ask for that themselves,
+# for under their own names jobs of other models and folders would wait for each other, too. A job that was put back
+# takes its folder over at once, by SLURM_JOB_ID and SLURM_RESTART_COUNT.
+#
 # From the environment: MEGAVLM, the repository (where sbatch was called); PYTHON, NPROC and SHUTDOWN_TIMEOUT as in
 # examples/launch.sh. The repository, data, weights and --save have to lie where all nodes see them.
 # shellcheck shell=bash

@@ -23,6 +23,7 @@ from megavlm.checkpoint import shelf
 from megavlm.checkpoint.atomic import commit, open_staging, staging_path
 from megavlm.checkpoint.frozen import Digests, check_frozen, frozen_digests, frozen_name, write_frozen
 from megavlm.checkpoint.identity import check_identity
+from megavlm.checkpoint.lock import LostFolderError, check_held
 from megavlm.checkpoint.sealed import seal, write_file
 from megavlm.checkpoint.shard_files import Plan, Written, write_lists, write_shards
 from megavlm.checkpoint.sharded import Counters, counters, load_checkpoint, plan_checkpoint
@@ -43,7 +44,7 @@ class CheckpointConfig(Config):
     """Where and when the state of training is saved; the same command, run again, goes on from there."""
 
     save_to: str | None = option(None, name="--save")
-    """Folder of this run's checkpoints; none saves nothing."""
+    """Folder of this run's checkpoints, and of no other run at the same time; none saves nothing."""
     load_from: str | None = option(None, name="--load")
     """Folder to go on from while that of `save_to` holds no checkpoint yet; none: start afresh."""
     save_interval: int | None = None
@@ -168,6 +169,9 @@ class CheckpointManager:
 
     def _prepare(self, state: TrainState, step: int) -> None:
         """All that can fail before the shards are written: frozen weights, and the staging folder."""
+        with agreed():
+            if state.groups.rank == 0:
+                check_held(self.folder)
         if not self._is_open:
             self.open(state)
         frozen = frozen_name(self._digests_of(state))
@@ -208,6 +212,7 @@ class CheckpointManager:
         return True
 
     def _commit(self, state: TrainState, pending: _Pending, parts: list[Written], path: Path) -> None:
+        check_held(self.folder)
         staging = staging_path(path)
         metadata = pending.plan.metadata
         assert metadata is not None
@@ -235,6 +240,8 @@ class CheckpointManager:
         }
 
     def _failed(self, step: int, error: MegavlmError) -> None:
+        if isinstance(error, LostFolderError):
+            raise error
         self._failures += 1
         if dist.get_rank() == 0:  # what was written of it takes room that the next one may need
             shutil.rmtree(staging_path(shelf.checkpoint_path(self.folder, step)), ignore_errors=True)

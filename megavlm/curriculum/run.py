@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 
 from megavlm.build.model import build_model
 from megavlm.build.run_config import ParallelConfig, RunConfig, WeightsConfig
+from megavlm.checkpoint.lock import held
 from megavlm.curriculum.stages import Stage, table
 from megavlm.export.hf_export import export_model
 from megavlm.log import get_logger
@@ -40,6 +42,17 @@ def train_stages(stages: Sequence[Stage]) -> str | None:
     """Train and export what is not done yet; why it stopped before the end, or None where all is done."""
     for line in table(stages):
         logger.info("%s", line)
+    with held(_folder_of_all(stages)):
+        return _train_in_order(stages)
+
+
+def _folder_of_all(stages: Sequence[Stage]) -> Path | None:
+    """It is held beside each stage's own: between two stages nobody else is to begin the next one."""
+    folders = [stage.run.checkpoint.save_to for stage in stages if not stage.is_trained or stage.lacks_export]
+    return Path(folders[0]).parent if folders and folders[0] else None
+
+
+def _train_in_order(stages: Sequence[Stage]) -> str | None:
     places = Places()
     for stage in stages:
         if not stage.is_trained:

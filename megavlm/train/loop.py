@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from megavlm import ranges
 from megavlm.build.model import Model
 from megavlm.build.run_config import RunConfig
+from megavlm.checkpoint.lock import held
 from megavlm.errors import MegavlmError
 from megavlm.log import get_logger
 from megavlm.parallel.groups import Groups
@@ -40,6 +41,11 @@ class Outcome:
 
 def train(run: RunConfig, groups: Groups) -> Outcome:
     """Train as the run says, from its latest checkpoint on; what was trained is saved when this returns."""
+    with held(run.checkpoint.save_to):
+        return _train(run, groups)
+
+
+def _train(run: RunConfig, groups: Groups) -> Outcome:
     stopping = Stopping(run.train, groups)
     training = build_training(run, groups)
     iteration = done = training.checkpointing.resume()

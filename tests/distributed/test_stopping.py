@@ -19,6 +19,7 @@ from text_runs import assert_same_end, prepare_text, text_options
 from megavlm import signals
 from megavlm.checkpoint import manager
 from megavlm.checkpoint.atomic import staging_path
+from megavlm.checkpoint.lock import LOCK_FILE
 from megavlm.checkpoint.shelf import checkpoint_path, steps_saved
 from megavlm.cli import main
 from megavlm.testing import spawn
@@ -117,6 +118,7 @@ def test_a_stopped_run_goes_on_as_if_nothing_had_been(
     codes = spawn(run_command, 2, command(world, save, *more), moment, number, timeout=300)
     assert codes == [EX_TEMPFAIL, EX_TEMPFAIL]
     assert steps_saved(save) == saved
+    assert not (save / LOCK_FILE).exists()
     assert spawn(run_command, 2, command(world, save), timeout=300) == [0, 0]
     assert_same_end(whole, save, STEPS)
     expected = evaluated(whole)
@@ -128,6 +130,7 @@ def test_the_second_interrupt_ends_at_once(world: Path, tmp_path: Path) -> None:
     codes = spawn(run_command, 1, command(world, tmp_path / "save"), "step", signal.SIGINT, 2, timeout=300)
     assert codes == [130]
     assert steps_saved(tmp_path / "save") == [2]
+    assert not (tmp_path / "save" / LOCK_FILE).exists()
 
 
 @pytest.mark.parametrize("seconds", [2, pytest.param(60, marks=pytest.mark.full)])
