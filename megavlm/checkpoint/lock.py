@@ -21,6 +21,7 @@ from pathlib import Path
 
 import torch.distributed as dist
 
+from megavlm.checkpoint.sealed import MARK_FILE
 from megavlm.errors import CheckpointError, MegavlmError
 from megavlm.log import get_logger
 from megavlm.parallel.agree import agreed, said_by_first
@@ -141,6 +142,7 @@ class FolderLock:
 
         Raises where another run trains into it.
         """
+        refuse_inside_checkpoint(self.folder)
         self.folder.mkdir(parents=True, exist_ok=True)
         if not self._create():
             seen = _look(self._path)
@@ -305,6 +307,16 @@ def check_held(folder: Path) -> None:
     lock = _held.get(folder.resolve())
     if lock is not None:
         lock.check()
+
+
+def refuse_inside_checkpoint(folder: Path) -> None:
+    """A checkpoint is believed only with exactly the files that it was saved with."""
+    resolved = folder.resolve()
+    for place in (resolved, *resolved.parents):
+        if (place / MARK_FILE).is_file():
+            problem = f"lies in the checkpoint {place}, which could not be read any more with a run's files in it"
+            remedy = f"give --save the folder above it to go on there ({place.parent}), or another one"
+            raise CheckpointError("--save", str(folder), problem, remedy)
 
 
 def _look(path: Path) -> _Seen | None:

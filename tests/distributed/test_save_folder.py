@@ -116,3 +116,16 @@ def test_the_folder_of_all_stages_is_held_as_well(tmp_path: Path) -> None:
     (said,) = spawn(train_within, 1, tmp_path, holder)
     assert f"'{tmp_path}': another run trains into it: process {os.getpid()} on " in said
     assert not (tmp_path / "one").exists()
+
+
+@pytest.mark.parametrize("below", ["", "again"])
+def test_a_run_into_a_checkpoint_is_refused(below: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    toy = ["train", "decoder-tiny", "--train-iters", "1", "--save"]
+    assert main([*toy, str(tmp_path)]) == 0
+    checkpoint = tmp_path / "iter_0000001"
+    files = sorted(checkpoint.rglob("*"))
+    capsys.readouterr()
+    assert main([*toy, str(checkpoint / below)]) == 2
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and f"lies in the checkpoint {checkpoint}, which" in said, said
+    assert sorted(checkpoint.rglob("*")) == files

@@ -232,3 +232,18 @@ def test_an_error_within_gives_the_folder_free(tmp_path: Path) -> None:
         assert (tmp_path / LOCK_FILE).exists()
         raise KeyboardInterrupt
     assert not (tmp_path / LOCK_FILE).exists()
+
+
+@pytest.mark.usefixtures("alone")
+@pytest.mark.parametrize("below", ["", "again", "a/b"])
+def test_a_folder_within_a_checkpoint_is_refused(below: str, tmp_path: Path) -> None:
+    checkpoint = tmp_path / "run" / "iter_0000002"
+    checkpoint.mkdir(parents=True)
+    (checkpoint / "COMMITTED").touch()
+    (tmp_path / "link").symlink_to(checkpoint)
+    for folder in (checkpoint / below, tmp_path / "link" / below):
+        with pytest.raises(CheckpointError) as caught, held(folder):
+            pass
+        assert f"lies in the checkpoint {checkpoint}, which" in str(caught.value)
+        assert str(caught.value).endswith(f"to go on there ({tmp_path / 'run'}), or another one")
+    assert [path.name for path in checkpoint.iterdir()] == ["COMMITTED"]
