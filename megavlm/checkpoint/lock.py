@@ -1,8 +1,8 @@
 """One run at a time trains into a folder: a small file there says which, and is touched as long as that run lives.
 
 A file that is made exclusively, for `flock` ends at a node's border on some mounts of shared file systems. Whether the
-run of a file that is found still lives is asked of the kernel where it is the same one, of Slurm's numbers where its job
-was put back into the queue, and else of the file: it is watched until it is touched, or until it should have been.
+run of a file that is found still lives is asked of the kernel where it is the same one, of Slurm's numbers where its
+job was put back into the queue, and else of the file: it is watched until it is touched, or until it should have been.
 """
 
 from __future__ import annotations
