@@ -67,13 +67,12 @@ class Holder:
 
     @classmethod
     def this_process(cls) -> Holder:
-        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
         return cls(
             token=uuid.uuid4().hex,
             host=socket.gethostname(),
-            kernel=f"{boot} {os.readlink('/proc/self/ns/pid')}",
+            kernel=_kernel(),
             pid=os.getpid(),
-            started=_state_and_start(os.getpid())[1],
+            started=_start_of_this_process(),
             job=os.environ.get("SLURM_JOB_ID", ""),
             restarts=os.environ.get("SLURM_RESTART_COUNT", "0"),
             since=time.strftime("%Y-%m-%d %H:%M:%S %z"),
@@ -328,6 +327,22 @@ def _look(path: Path) -> _Seen | None:
         if error.errno in (errno.ENOENT, errno.ESTALE):
             return None
         raise
+
+
+def _kernel() -> str:
+    """The machine by its name alone where the kernel tells no more, as macOS."""
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        return f"{boot} {os.readlink('/proc/self/ns/pid')}"
+    except OSError:
+        return socket.gethostname()
+
+
+def _start_of_this_process() -> int:
+    try:
+        return _state_and_start(os.getpid())[1]
+    except OSError:
+        return 1  # never looked at: of others it is not told either
 
 
 def _is_alive(pid: int, started: int) -> bool:

@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch.distributed as dist
@@ -247,3 +248,21 @@ def test_a_folder_within_a_checkpoint_is_refused(below: str, tmp_path: Path) -> 
         assert f"lies in the checkpoint {checkpoint}, which" in str(caught.value)
         assert str(caught.value).endswith(f"to go on there ({tmp_path / 'run'}), or another one")
     assert [path.name for path in checkpoint.iterdir()] == ["COMMITTED"]
+
+
+def test_where_the_kernel_tells_little_a_process_goes_by_its_number(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on macOS."""
+    read_text = Path.read_text
+
+    def refuse(path: Path, **options: Any) -> str:
+        if path.is_relative_to("/proc"):
+            raise FileNotFoundError(path)
+        return read_text(path, **options)
+
+    monkeypatch.setattr(Path, "read_text", refuse)
+    mine = Holder.this_process()
+    assert Holder.from_bytes(mine.to_bytes()) == mine and mine.kernel == mine.host
+    assert mine.lives(mine) is True
+    assert dataclasses.replace(mine, pid=2**31 - 2).lives(mine) is False
