@@ -21,7 +21,7 @@ _OPTION = re.compile(
 def timeout_ahead(words: Sequence[str]) -> float:
     """The minutes that a command line asks for, of several stages the most; a wrong number is refused later."""
     asked: dict[str | None, float] = {}
-    for word, following in zip(words, [*words[1:], ""], strict=True):
+    for word, following in zip(words, [*words, ""][1:], strict=True):
         match = _OPTION.fullmatch(word)
         if match:
             text = following if match[2] is None else match[2]

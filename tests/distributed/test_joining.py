@@ -158,6 +158,7 @@ OPTION = "--distributed-timeout-minutes"
         ([f"{OPTION}=20", OPTION, "15"], 15),
         (["parallel.distributed_timeout_minutes=0.5"], 0.5),
         ([OPTION, "20", f"finetune:{OPTION}=60", f"pretrain:{OPTION}", "5"], 60),
+        ([], 10),
         ([OPTION], 10),
         ([OPTION, "0"], 10),
         ([OPTION, "many"], 10),
