@@ -135,7 +135,7 @@ class Planner:
                 column[chosen] = value
         kept, is_cut, is_dropped = limited
         tiles = np.where(is_dropped, 0, tiles)
-        packing = pack_step(kept, tiles, self.config.rows, _costs(kept, tiles))
+        packing = pack_step(kept, tiles, self.config.rows, packing_costs(kept, tiles))
         return StepPlan(samples, kept, tiles, is_cut, is_dropped, tables, packing)
 
     def rows_dealt(self, plan: StepPlan, rank: int, ranks: int) -> Ints:
@@ -148,7 +148,7 @@ class Planner:
         return samples[~plan.is_dropped[samples]]
 
 
-def _costs(tokens: Ints, tiles: Ints) -> NDArray[np.float64]:
+def packing_costs(tokens: Ints, tiles: Ints) -> NDArray[np.float64]:
     """By which rows are evened out: the decoder's work, attention's square included, and the tower's."""
     # In Qwen2.5-1.5B causal attention costs as much as all weights do at 36,000 tokens: 1.54e9 / (28 layers x 1536).
     decoder = tokens * (1 + tokens / 36_000)

@@ -1,4 +1,4 @@
-"""A layout judged: whether each stage's worst row fits, how long a step takes, and what that is of the chips' peak."""
+"""A layout judged: whether each stage's rows fit, how long a step takes, and what that is of the chips' peak."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from megavlm.plan.choice import Choice
 from megavlm.plan.cluster import GIB, Cluster
-from megavlm.plan.profile import MemoryUse, StageProfile
+from megavlm.plan.profile import MemoryUse, RowProfile, StageProfile
 from megavlm.plan.step import StepTime
 
 SLACK = 0.05
@@ -35,9 +35,14 @@ class Evaluation:
     """Floating-point operations a second of one GPU that MFU is a share of; none: the chip's in bf16."""
 
     @property
+    def heaviest(self) -> list[RowProfile]:
+        """Of each stage the row that needs most: not always the worst one, whose pictures may be dealt more evenly."""
+        return [max(_rows(profile), key=lambda row: row.memory.total) for profile in self.profiles]
+
+    @property
     def memory(self) -> list[MemoryUse]:
-        """Of each stage, with its worst rows."""
-        return [profile.worst.memory for profile in self.profiles]
+        """Of each stage, with such rows."""
+        return [row.memory for row in self.heaviest]
 
     @property
     def fullest(self) -> int:
@@ -84,7 +89,13 @@ class Evaluation:
     def misfit(self) -> str:
         """By how much it does not fit, and where."""
         stage = f"stage {self.fullest} of {len(self.profiles)}" if len(self.profiles) > 1 else "each GPU"
-        return f"{stage} needs {self.needed / GIB:.1f} GiB, {self.over / GIB:.1f} more than there are"
+        with_rows = f"with {self.heaviest[self.fullest].name} rows"
+        return f"{stage} needs {self.needed / GIB:.1f} GiB {with_rows}, {self.over / GIB:.1f} more than there are"
+
+
+def _rows(profile: StageProfile) -> list[RowProfile]:
+    """The worst first, which is named where others need as much."""
+    return [profile.worst, profile.mean, *([profile.long] if profile.long else [])]
 
 
 def needed_bytes(memory: MemoryUse) -> float:

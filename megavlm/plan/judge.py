@@ -17,6 +17,7 @@ from megavlm.plan.evaluation import Evaluation
 from megavlm.plan.fp8 import fp8_products
 from megavlm.plan.mix import Mix
 from megavlm.plan.profile import StageProfile
+from megavlm.plan.seen import dealt
 from megavlm.plan.stage import profile_run
 from megavlm.plan.step import DrawnRows, Rate, StepTime, drawn_rows, step_time
 
@@ -69,8 +70,16 @@ def timed(
 
 
 def drawn_of(mix: Mix, microbatches: int, copies: int) -> DrawnRows | None:
-    """Rows of the step's sizes for each microbatch of each copy of the model; none where all are alike."""
-    return drawn_rows(mix.sizes, microbatches, copies) if len(set(mix.sizes)) > 1 else None
+    """The rows of each microbatch of each copy of the model, as the loader deals those of a step; drawn from rows of
+    their sizes where it would make another number of them; none where all are alike.
+    """
+    if len(set(mix.sizes)) <= 1:
+        return None
+    found = dealt(mix.step, microbatches, copies) if mix.step else None
+    if found is None:
+        return drawn_rows(mix.sizes, microbatches, copies)
+    lengths, tiles = found.step.sizes[found.rows.T].astype(float).transpose(2, 0, 1)
+    return DrawnRows(lengths, tiles)
 
 
 def rate_of(run: RunConfig, cluster: Cluster, efficiency: Efficiency) -> Rate:

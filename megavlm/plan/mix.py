@@ -2,25 +2,19 @@
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
-from numpy.typing import NDArray
 
 from megavlm.build.costs import Work, causal_work
-from megavlm.build.data_check import refuse_absent
-from megavlm.build.loader import build_words
 from megavlm.build.run_config import DataConfig, RunConfig
-from megavlm.data.packing import StepPacking, apply_limit, pack_step
-from megavlm.data.step_plan import Planner, open_sources
-from megavlm.plan.assumed import AssumedSample, draw_stream, kind_of
+from megavlm.data.packing import LONGER, PackLimits
+from megavlm.plan.assumed import kind_of
 from megavlm.plan.rows import PlannedDocument, PlannedRow
-from megavlm.tiles import GridConfig, ImagePlan, MediaKind, plan_image
-
-STEPS = 4
-"""Of real data, the steps that are looked at, spread over the run."""
+from megavlm.plan.seen import SeenStep, assumed_steps, prepared_steps
+from megavlm.tiles import Ints
 
 
 @dataclass(frozen=True)
@@ -30,11 +24,12 @@ class Mix:
     mean: PlannedRow
     """The one that is nearest to the mean in length and in tiles."""
     worst: PlannedRow
-    """As many tiles as any row has, and as long as the longest."""
+    """As many tiles as any row of the steps has, and as long as the longest or as packing makes rows to even them out.
+    """
     long: PlannedRow
-    """The mean one with more words, as long as the longest: what tokens cost without tiles."""
+    """The mean one with more words, as long as the worst: what tokens cost without tiles."""
     rows: float
-    """Of a step, over all data-parallel ranks."""
+    """Of a step, over all data-parallel ranks: of most steps, where not all have equally many."""
     tokens: float
     """Of a step, without padding."""
     tiles: float
@@ -44,11 +39,15 @@ class Mix:
     seeing_tokens: float
     """Of the samples of a step that have a picture."""
     sizes: tuple[tuple[int, int], ...]
-    """(tokens with padding, tiles) of each row that was looked at."""
+    """(tokens with padding, tiles) of each row of such steps, empty ones as well, which are computed like others."""
     assumptions: tuple[str, ...]
     """What was assumed of the data; empty where prepared data say it."""
     pictures: float = 0.0
     """Of a step, each perhaps several tiles."""
+    step: SeenStep | None = None
+    """That is nearest to the mean; none where all rows are alike."""
+    seen: str = ""
+    """What the worst row is the worst of, in words."""
 
     @property
     def traced(self) -> dict[str, PlannedRow]:
@@ -70,116 +69,89 @@ def mix_of(run: RunConfig, from_data: bool) -> Mix:
         squares = run.samples_per_step * float(run.row_tokens) ** 2
         return Mix(row, row, row, rows, rows * row.tokens, 0.0, squares, 0.0, ((row.padded, 0),), (says,))
     if from_data:
-        return _summary(_prepared_steps(run, run.data), ())
-    return _summary([_assumed_step(run, run.data)], _assumptions(run.data))
+        return _summary(prepared_steps(run, run.data), run.data.rows, ())
+    return _summary(assumed_steps(run, run.data), run.data.rows, _assumptions(run.data))
 
 
-def _summary(steps: Sequence[Sequence[PlannedRow]], assumptions: tuple[str, ...]) -> Mix:
-    rows = [row for step in steps for row in step if row.documents]
-    documents = [document for row in rows for document in row.documents]
-    table = np.array([[row.length, row.tiles] for row in rows], dtype=float)
-    off = np.abs(table - table.mean(0)) / np.maximum(table.mean(0), 1)
-    mean = rows[int(off.sum(1).argmin())]
-    longest, most = max(rows, key=lambda row: row.length), max(rows, key=lambda row: (row.tiles, row.length))
+def _summary(steps: Sequence[SeenStep], limits: PackLimits, assumptions: tuple[str, ...]) -> Mix:
+    rows, _ = Counter(step.packing.rows for step in steps).most_common(1)[0]
+    usual = [step for step in steps if step.packing.rows == rows]
+    middle = usual[_nearest_step(usual)]
+    mean = _mean_row(usual)
+    most = max((_most_tiles(step) for step in steps), key=lambda row: (row.tiles, row.length))
+    length = _longest(steps, limits)
     return Mix(
         mean=mean,
-        worst=_lengthened(most, longest.length),
-        long=_with_more_words(mean, longest.length - mean.length),
-        rows=len(rows) / len(steps),
-        tokens=sum(row.tokens for row in rows) / len(steps),
-        tiles=sum(row.tiles for row in rows) / len(steps),
-        squared_lengths=sum(one.tokens**2 for one in documents) / len(steps),
-        seeing_tokens=sum(one.tokens for one in documents if one.pictures) / len(steps),
-        sizes=tuple((row.padded, row.tiles) for row in rows),
+        worst=_with_more_words(most, length - most.length),
+        long=_with_more_words(mean, length - mean.length),
+        rows=float(rows),
+        tokens=_mean([step.tokens.sum() for step in usual]),
+        tiles=_mean([step.tiles.sum() for step in usual]),
+        squared_lengths=_mean([(step.tokens.astype(float) ** 2).sum() for step in usual]),
+        seeing_tokens=_mean([step.tokens[step.pictures > 0].sum() for step in usual]),
+        sizes=tuple((length, tiles) for step in usual for length, tiles in step.sizes.tolist()),
         assumptions=assumptions,
-        pictures=sum(len(row.pictures) for row in rows) / len(steps),
+        pictures=_mean([step.pictures.sum() for step in usual]),
+        step=middle,
+        seen=_seen(len(steps), limits, bool(assumptions)),
     )
 
 
-def _lengthened(row: PlannedRow, length: int) -> PlannedRow:
-    """With a longer last document."""
-    *first, last = row.documents
-    last = replace(last, tokens=last.tokens + length - row.tokens)
-    return PlannedRow((*first, last), length)
+def _mean(values: Sequence[float]) -> float:
+    return float(np.mean(values))
+
+
+def _nearest(table: Ints) -> Ints:
+    """[items]: those of [items, kinds] that are the nearest to the mean first."""
+    mean = table.mean(0)
+    return np.argsort((np.abs(table - mean) / np.maximum(mean, 1)).sum(1), kind="stable")
+
+
+def _nearest_step(steps: Sequence[SeenStep]) -> int:
+    return int(_nearest(np.array([(step.tokens.sum(), step.tiles.sum()) for step in steps]))[0])
+
+
+def _mean_row(steps: Sequence[SeenStep]) -> PlannedRow:
+    """Of equally many rows each; not an empty one, for it tells nothing of what a token costs."""
+    rows = steps[0].packing.rows
+    for number in _nearest(np.concatenate([step.sizes for step in steps])).tolist():
+        step, row = steps[number // rows], number % rows
+        if step.packing.row_tokens[row]:
+            return step.row(row)
+    raise AssertionError("a step has samples")
+
+
+def _most_tiles(step: SeenStep) -> PlannedRow:
+    lengths, tiles = step.sizes.T
+    return step.row(int(np.lexsort((lengths, tiles))[-1]))
+
+
+def _longest(steps: Sequence[SeenStep], limits: PackLimits) -> int:
+    """Tokens of the longest row; and of such as packing may make longer than the mean, so that ranks cost the same."""
+    longest = max(int(step.packing.row_lengths.max()) for step in steps)
+    if limits.rows_multiple == 1:
+        return longest
+    mean = max(float(step.packing.row_tokens.mean()) for step in steps)
+    whole = -(-int(LONGER * mean) // limits.length_multiple) * limits.length_multiple
+    return max(longest, min(whole, limits.max_tokens))
+
+
+def _seen(steps: int, limits: PackLimits, is_assumed: bool) -> str:
+    of_tiles = "no limit but that says how many tiles a row may have (data.rows.max_tiles=N would)"
+    if limits.max_tiles is not None:
+        of_tiles = f"data.rows.max_tiles allows {limits.max_tiles:,} tiles"
+    which = "assumed step" if is_assumed else "step of the data"
+    return (
+        f"worst: the most tiles and the longest row of {steps} {which}{'s' if steps > 1 else ''}, no shorter than "
+        f"evening rows out may make one ({LONGER:g} times the mean); data.rows.max_tokens allows "
+        f"{limits.max_tokens:,} tokens, {of_tiles}"
+    )
 
 
 def _with_more_words(row: PlannedRow, more: int) -> PlannedRow:
     """With so many more tokens in the last document, padded as before."""
     *first, last = row.documents
     return replace(row, documents=(*first, replace(last, tokens=last.tokens + more)), length=row.length + more)
-
-
-def _prepared_steps(run: RunConfig, data: DataConfig) -> list[list[PlannedRow]]:
-    """Some steps of the run, as its loader plans them."""
-    refuse_absent(data)
-    words = build_words(run)
-    planner = Planner(data, open_sources(data, words), words, run.train.seed)
-    last = min(run.train.train_iters, planner.order.steps or run.train.train_iters)
-    found = []
-    for step in sorted({last * number // STEPS for number in range(STEPS)}):
-        plan = planner.plan(step)
-
-        def document(sample: int, plan: object = plan) -> PlannedDocument:
-            pictures = words.plan(*plan.pictures_of(sample))  # type: ignore[attr-defined]
-            tokens = int(plan.tokens[sample])  # type: ignore[attr-defined]
-            return PlannedDocument(tokens, tuple(picture.plan for picture in pictures))
-
-        samples = [planner.samples_of(plan, row).tolist() for row in range(plan.packing.rows)]
-        found.append(_rows(plan.packing, samples, document))
-    return found
-
-
-def _rows(
-    packing: StepPacking, samples: Sequence[Sequence[int]], document: Callable[[int], PlannedDocument]
-) -> list[PlannedRow]:
-    lengths = packing.row_lengths.tolist()
-    return [
-        PlannedRow(tuple(document(sample) for sample in own), length)
-        for own, length in zip(samples, lengths, strict=True)
-    ]
-
-
-def _assumed_step(run: RunConfig, data: DataConfig) -> list[PlannedRow]:
-    draw = np.random.default_rng(run.train.seed)
-    documents: list[PlannedDocument] = []
-    for stream in data.streams:
-        samples = draw_stream(stream, draw, run.infimm is not None or run.aquila_vl is not None)
-        limit = stream.tokens_per_sample or data.rows.max_tokens
-        documents += [_document(run, sample, limit) for sample in samples]
-    documents = [document for document in documents if document.tokens]
-    tokens = np.array([document.tokens for document in documents])
-    tiles = np.array([sum(picture.tiles for picture in document.pictures) for document in documents])
-    packing = pack_step(tokens, tiles, data.rows, _costs(tokens, tiles))
-    samples_of = [packing.samples(row).tolist() for row in range(packing.rows)]
-    return _rows(packing, samples_of, documents.__getitem__)
-
-
-def _costs(tokens: NDArray[np.int64], tiles: NDArray[np.int64]) -> NDArray[np.float64]:
-    return np.stack([tokens * (1 + tokens / 36_000), tiles.astype(float)])
-
-
-def _document(run: RunConfig, sample: AssumedSample, limit: int) -> PlannedDocument:
-    """Held to the recipe's limit; of no tokens where it is left out."""
-    alone: MediaKind = "image" if len(sample.pictures) == 1 else "one_of_several"
-    grid = _grid(run)
-    plans = tuple(_planned(*size, alone if grid.tiling == "grid" else "image", grid) for size in sample.pictures)
-    spliced = sum(plan.tokens - 1 for plan in plans) if run.aquila_vl is not None else 0
-    held = apply_limit([sample.text + spliced], [sample.text - len(plans)], limit, "cut")
-    return PlannedDocument(int(held.tokens[0]), plans)
-
-
-@functools.lru_cache(maxsize=4096)
-def _planned(width: int, height: int, kind: MediaKind, grid: GridConfig) -> ImagePlan:
-    return plan_image(width, height, kind, grid)
-
-
-def _grid(run: RunConfig) -> GridConfig:
-    if run.aquila_vl is not None:
-        return run.aquila_vl.grid
-    if run.infimm is None:
-        return GridConfig(tiling="single")
-    tower = run.infimm.tower
-    return GridConfig(tile_size=tower.image_size, patch_size=tower.patch_size, tiling="single")
 
 
 def _assumptions(data: DataConfig) -> tuple[str, ...]:

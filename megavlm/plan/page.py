@@ -167,8 +167,7 @@ def _memory(one: Evaluation) -> str:
     have = one.cluster.chip.memory_bytes
     whole = memory_scale(one)
     rows = []
-    for profile in one.profiles:
-        memory = profile.worst.memory
+    for profile, memory in zip(one.profiles, one.memory, strict=True):
         needed = needed_bytes(memory)
         said = ", ".join(f"{MEMORY_NAMES[name]} {size / GIB:.1f}" for name, size in memory_parts(memory) if size)
         label = f"Stage {profile.stage}: {needed / GIB:.1f} GiB ({said})"
@@ -179,8 +178,8 @@ def _memory(one: Evaluation) -> str:
             f"{profile.in_flight} in flight</small></b>{drawn}<span{over}>{needed / GIB:.1f} GiB</span></div>"
         )
     note = (
-        f'<p class="note">Worst rows; {SLACK:.0%} of what is in use is taken to be lost between allocated blocks. '
-        f"The line is what a GPU has: {have / GIB:.1f} GiB.</p>"
+        f'<p class="note">The rows that need most; {SLACK:.0%} of what is in use is taken to be lost between allocated '
+        f"blocks. The line is what a GPU has: {have / GIB:.1f} GiB.</p>"
     )
     return f"{_legend('m', MEMORY_NAMES)}{''.join(rows)}{_memory_table(one)}{note}"
 

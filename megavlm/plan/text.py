@@ -93,6 +93,8 @@ def _rows(mix: Mix) -> Iterator[str]:
     yield f"a step: {mix.rows:,.0f} rows, {mix.tokens:,.0f} tokens, {mix.tiles:,.0f} images or tiles"
     for name, row in (("mean", mix.mean), ("worst", mix.worst)):
         yield f"  {name} row: {row.length:,} tokens of {len(row.documents)} samples, {row.tiles} images or tiles"
+    if mix.seen:
+        yield from wrapped(mix.seen, "  ")
 
 
 def _memory(evaluation: Evaluation) -> Iterator[str]:

@@ -22,9 +22,10 @@ from megavlm.plan import trace as tracing
 from megavlm.plan.cluster import parse_cluster
 from megavlm.plan.cost import CALIBRATION, Calibration
 from megavlm.plan.judge import judge
-from megavlm.plan.mix import _prepared_steps, _with_more_words, mix_of
+from megavlm.plan.mix import _with_more_words, mix_of
 from megavlm.plan.profile import OpCost, StageProfile
 from megavlm.plan.rows import PlannedDocument, PlannedRow, batch_of
+from megavlm.plan.seen import prepared_steps
 from megavlm.plan.stage import profile_run
 from megavlm.plan.step import drawn_rows, step_time
 from megavlm.plan.trace import own_pictures, trace_microbatch, trace_step, traced_rank
@@ -178,10 +179,10 @@ def planned_and_loaded(root: Path, tokenizer: Path, name: str) -> list[tuple[dic
     assert run.data is not None
     groups = process_groups.start(run.parallel, run.train.seed)
     model: Model = tracing.build_rank(run, groups).model
-    (rows,) = _prepared_steps(run, run.data)
+    (step,) = prepared_steps(run, run.data)
     loaded = build_loader(run, model, groups).step(0)
     order = build_loader(run, model, groups).planner.rows_dealt(loaded.plan, 0, 1).tolist()
-    planned = [shapes(batch_of(run, rows[number], own_pictures(model))) for number in order]
+    planned = [shapes(batch_of(run, step.row(number), own_pictures(model))) for number in order]
     return list(zip(planned, map(shapes, loaded.batches), strict=True))
 
 

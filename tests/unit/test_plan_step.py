@@ -168,3 +168,16 @@ def test_an_evaluation_says_what_fits_and_how_fast_it_is() -> None:
     bad = evaluated(MadeModel(layer_bytes=2 * GIB), Choice(pipeline=2), cluster)
     assert not bad.fits and bad.fullest == 0
     assert bad.misfit.startswith("stage 0 of 2 needs") and f"{bad.over / GIB:.1f} more" in bad.misfit
+
+
+@pytest.mark.parametrize("name", ["mean", "worst", "long"])
+def test_memory_is_that_of_the_row_that_needs_most(name: str) -> None:
+    """A mean row's pictures may be dealt less evenly over tensor-parallel ranks than those of the worst."""
+    good = evaluated(MadeModel(), Choice(pipeline=2), parse_cluster("1x8xA100-80GB"))
+    stage = good.profiles[1]
+    row = getattr(stage, name)
+    heavier = replace(row, memory=replace(row.memory, activations=row.memory.activations + (70 << 30)))
+    one = replace(good, profiles=(good.profiles[0], replace(stage, **{name: heavier})))
+    assert good.fits and not one.fits and one.fullest == 1
+    assert one.memory == [good.profiles[0].worst.memory, heavier.memory] and one.heaviest[1] is heavier
+    assert f"GiB with {name} rows, " in one.misfit
