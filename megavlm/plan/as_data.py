@@ -92,8 +92,8 @@ def _loader(loading: Loading) -> dict[str, float]:
     return {
         "pictures_per_second_of_gpu": loading.pictures_per_second,
         "tiles_per_second_of_gpu": loading.tiles_per_second,
-        "pictures_per_second_of_node": loading.gpus_of_node * loading.pictures_per_second,
-        "tiles_per_second_of_node": loading.gpus_of_node * loading.tiles_per_second,
+        "pictures_per_second_of_node": loading.pictures_per_second_of_node,
+        "tiles_per_second_of_node": loading.tiles_per_second_of_node,
         "cores_needed": loading.needed,
         "threads": loading.threads,
         "cores_per_gpu": loading.cores,

@@ -6,7 +6,7 @@ its source. A plan prints which of these it used.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -96,7 +96,12 @@ def draw_stream(stream: StreamConfig, draw: np.random.Generator, has_eyes: bool)
     """The samples that a stream gives to a step."""
     kinds = [kind_of(source) for source in stream.sources]
     chosen = draw.choice(len(kinds), stream.samples_per_step, p=_shares(stream.sources))
-    return [_draw(kinds[number], draw, has_eyes) for number in chosen]
+    found: list[AssumedSample] = [AssumedSample(0, ())] * len(chosen)
+    for number in np.unique(chosen).tolist():
+        places = np.flatnonzero(chosen == number).tolist()
+        for place, sample in zip(places, _draw(kinds[number], len(places), draw, has_eyes), strict=True):
+            found[place] = sample
+    return found
 
 
 def _shares(sources: Sequence[SourceConfig]) -> NDArray[np.float64]:
@@ -106,7 +111,9 @@ def _shares(sources: Sequence[SourceConfig]) -> NDArray[np.float64]:
     return np.array(weights, dtype=float) / sum(weights)
 
 
-def _draw(kind: SampleKind, draw: np.random.Generator, has_eyes: bool) -> AssumedSample:
-    text = int(np.clip(kind.text * np.exp(kind.spread * draw.standard_normal()), 8, LONGEST_TEXT))
-    count = int(draw.choice(len(kind.pictures), p=kind.pictures)) if has_eyes else 0
-    return AssumedSample(max(text, count + 2), tuple(kind.sizes[draw.integers(len(kind.sizes))] for _ in range(count)))
+def _draw(kind: SampleKind, samples: int, draw: np.random.Generator, has_eyes: bool) -> Iterator[AssumedSample]:
+    text = np.clip(kind.text * np.exp(kind.spread * draw.standard_normal(samples)), 8, LONGEST_TEXT).astype(np.int64)
+    counts = draw.choice(len(kind.pictures), samples, p=kind.pictures) if has_eyes else np.zeros(samples, np.int64)
+    sizes = iter(draw.integers(len(kind.sizes), size=int(counts.sum())).tolist())
+    for tokens, count in zip(np.maximum(text, counts + 2).tolist(), counts.tolist(), strict=True):
+        yield AssumedSample(tokens, tuple(kind.sizes[next(sizes)] for _ in range(count)))

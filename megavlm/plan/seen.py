@@ -21,8 +21,8 @@ from megavlm.plan.assumed import draw_stream
 from megavlm.plan.rows import PlannedDocument, PlannedRow
 from megavlm.tiles import GridConfig, ImagePlan, Ints, MediaKind, plan_image
 
-FEWEST, MOST = 4, 128
-SAMPLES = 30_000
+FEWEST, MOST = 4, 256
+SAMPLES = 60_000
 """So many steps are looked at that they hold about as many samples, within the two above."""
 
 

@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+from types import SimpleNamespace
+from typing import Any, cast
 
+import numpy as np
 import pytest
 from plan_profiles import MadeModel, evaluated, rate
 
+from megavlm.data.packing import deal_rows
+from megavlm.parallel.media_inputs import SplicedInputs
 from megavlm.plan.choice import Choice
 from megavlm.plan.cluster import parse_cluster
 from megavlm.plan.cost import CALIBRATION, Calibration, Decoding
@@ -19,7 +24,8 @@ from megavlm.recipes import recipe
 
 CLUSTER = parse_cluster("2x8xH100")
 RUN = recipe("infimm-zephyr-7b/pretrain")
-MIX = dataclasses.replace(mix_of(recipe("infimm-tiny/pretrain"), False), pictures=3200.0, tiles=12_800.0)
+MIX = dataclasses.replace(mix_of(recipe("infimm-tiny/pretrain"), False), pictures=3200.0, tiles=12_800.0, step=None)
+"""Dealt evenly, since no step is known."""
 SMALL = MadeModel(layers=40, layer_bytes=1 << 20, activation=1 << 20)
 SLOW = Decoding(pictures=20.0, tiles=400.0, source="made up")
 
@@ -48,7 +54,35 @@ def test_each_gpu_that_encodes_gets_its_share_of_pictures() -> None:
     assert needs(judged(staged)).pictures == 4 * needs(judged(everywhere)).pictures == 800
     said = " ".join(loading_lines(found))
     assert f"{found.pictures_per_second:,.1f} pictures/s" in said and "for a node" in said
-    assert f"takes {found.needed:.1f} CPU cores a GPU; it has {found.threads} threads" in said
+    assert f"takes {found.needed:.1f} CPU cores of that GPU; it has {found.threads} threads" in said
+
+
+@pytest.mark.parametrize(
+    "choice",
+    [Choice(tensor=8), Choice(tensor=4, pipeline=2), Choice(tensor=2, pipeline=4, towers_everywhere=True)],
+    ids=lambda choice: choice.name,
+)
+def test_a_picture_stays_together_so_that_one_rank_has_more_to_decode(choice: Choice) -> None:
+    run = recipe("aquila-vl-2b/3")
+    mix = mix_of(run, from_data=False)
+    copies = choice.data_parallel(CLUSTER.gpus)
+    one = dataclasses.replace(judged(choice), microbatches=int(mix.rows) // copies)
+    found, step = loading_of(run, one, mix, Decoding(pictures=1e6, tiles=400.0, source="made up")), mix.step
+    assert found is not None and step is not None
+    group = SimpleNamespace(size=lambda: choice.model_parallel if choice.towers_everywhere else choice.tensor)
+    groups = SimpleNamespace(collection=SimpleNamespace(tp=group, mp=group), pipeline_rank=0)
+    held = np.zeros(group.size())  # tiles of each rank over all copies, as the trainer's ranks say themselves
+    for rows in deal_rows(step.packing, copies).tolist():
+        tiles = [[picture.tiles for picture in step.row(row).pictures] for row in rows]
+        for rank in range(group.size()):
+            group.rank = lambda rank=rank: rank
+            inputs = SplicedInputs(None, 729, cast(Any, groups), choice.towers_everywhere, sequence_parallel=False)
+            own = inputs.own_pictures(tiles)
+            held[rank] += sum(of_row[one] for of_row, mine in zip(tiles, own, strict=True) for one in mine)
+    most = held.max() / copies * mix.tiles / step.tiles.sum()
+    assert found.tiles == pytest.approx(most) and found.core_seconds == pytest.approx(most / 400)
+    assert found.tiles > (1.0 if choice.towers_everywhere else 1.5) * mix.tiles / copies / group.size()
+    assert found.tiles_of_node == pytest.approx(mix.tiles * min(8 / copies / group.size(), 1))
 
 
 def test_a_step_waits_for_what_threads_and_cores_cannot_do() -> None:
