@@ -6,14 +6,14 @@ import json
 import os
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
 from megavlm.build.run_config import RunConfig
 from megavlm.curriculum.options import chosen_stages, parse_stage_options, words_of_stages
 from megavlm.errors import ConfigError, LayoutError, MegavlmError
-from megavlm.options import parse_options, take_options
+from megavlm.options import option_table, parse_options, take_options
 from megavlm.plan.as_data import as_data
 from megavlm.plan.calibrate import calibrate
 from megavlm.plan.cluster import Cluster, parse_cluster
@@ -44,8 +44,8 @@ Nothing is read but, with --data, the indexes of prepared data sets, and no GPU 
                             (OMP_NUM_THREADS), and write it as a YAML file that --cluster takes"""
 
 CALIBRATE = "--calibrate"
-LAYOUT_WORDS = ("-model-parallel-", "--num-virtual-stages", "sequence-parallel", "--vision-over", "--recompute-",
-                "--micro-batch-size", "parallel.", "recompute.")  # fmt: skip
+LAYOUT = ("parallel.", "recompute.", "train.micro_batch_size")
+"""How the paths of the settings begin that make a layout."""
 
 UNPUBLISHED = (
     "no duration of this run was published, neither hours nor throughput: the plan can be judged plausible, not right"
@@ -62,7 +62,17 @@ class _Asked(NamedTuple):
 
     @property
     def has_layout(self) -> bool:
-        return any(word in option for option in self.words for word in LAYOUT_WORDS)
+        return any(path.startswith(LAYOUT) for path in self._paths())
+
+    def _paths(self) -> Iterator[str]:
+        """Of the settings that the words change; values are none."""
+        known = option_table(type(self.run))
+        for word in self.words:
+            name, equals, _ = word.partition("=")
+            if name in known:
+                yield known[name].path
+            elif equals and not name.startswith("-"):
+                yield name
 
 
 def plan(arguments: list[str]) -> int:

@@ -369,13 +369,14 @@ def _check_toy_rows(run: RunConfig, data_ranks: int) -> None:
     check_fp8_rows(run.precision, "train.seq_length", run.row_tokens, slices)
     at_once = run.train.micro_batch_size * data_ranks
     batch = run.samples_per_step
+    fewer, more = (max(rounds, 1) * at_once for rounds in (batch // at_once, batch // at_once + 1))
     if batch % at_once:
         raise LayoutError(
             "train.global_batch_size",
             batch,
             f"does not divide into micro-batches of {run.train.micro_batch_size} on "
             f"{at_once // run.train.micro_batch_size} data-parallel ranks",
-            f"use {batch // at_once * at_once or at_once} or {(batch // at_once + 1) * at_once}",
+            f"use {fewer}" if fewer == more else f"use {fewer} or {more}",
         )
     stages = run.parallel.pipeline_model_parallel_size
     if run.parallel.virtual_pipeline_model_parallel_size > 1 and (batch // at_once) % stages:
