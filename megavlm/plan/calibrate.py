@@ -4,6 +4,9 @@ A decoder is trained for some steps on rows of several lengths, and its operatio
 products, attention and memory follow from how their times grow with their size. What an operation takes whatever its
 size, Python's and megatron-core's share included, follows from a decoder so small that nothing else counts; what the
 timing of single operations leaves out, from whole steps of the first.
+
+Other work on the machine shows in steps that should take equally long and do not: then more rounds are measured, the
+fastest count, and where these differ as well, that is said.
 """
 
 from __future__ import annotations
@@ -11,7 +14,7 @@ from __future__ import annotations
 import os
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
@@ -41,6 +44,11 @@ TOKENS = (32, 128, 512)
 """Of the rows of the timed decoder."""
 SMALL_TOKENS = 16
 ROUNDS = 3
+"""That count."""
+MOST_ROUNDS = 9
+"""That are measured where no three of them agree."""
+UNLIKE = 1.5
+"""So many times the fastest, a step of the same work was disturbed: those of a quiet machine differ by 5 %."""
 SMALL_STEPS = 6
 """Of the small decoder in each round."""
 PRODUCT = 1024
@@ -122,13 +130,16 @@ class TimedDecoder:
         self.wholes.clear()
         self.followed.clear()
 
-    def timing(self, tokens: int) -> Timing:
-        """What the rounds of this length say, each operation by the middle one of its times."""
-        counts = Counter(len(works) for works in self.followed[tokens])
+    def timing(self, tokens: int, most: int) -> Timing:
+        """What the fastest of this length say, at most so many, each operation by the middle one of its times."""
+        wholes = self.wholes[tokens]
+        fastest = sorted(range(len(wholes)), key=wholes.__getitem__)[:most]
+        followed = [self.followed[tokens][number] for number in fastest]
+        counts = Counter(map(len, followed))
         usual = counts.most_common(1)[0][0]  # an address that is used again now and then hides an operation
-        same = zip(*(works for works in self.followed[tokens] if len(works) == usual), strict=True)
+        same = zip(*(works for works in followed if len(works) == usual), strict=True)
         works = [works[0]._replace(seconds=median(work.seconds for work in works)) for works in same]
-        return Timing(median(self.wholes[tokens]), works)
+        return Timing(median(wholes[number] for number in fastest), works)
 
     def _step(self, batches: Sequence[TextBatch]) -> None:
         """As training takes it."""
@@ -156,12 +167,29 @@ def calibrate(place: str) -> str:
         raise ConfigError("--calibrate", place, "cannot be written", "name a .yaml file in a folder that exists")
     process_groups.join()
     try:
-        cluster = Meter(process_groups.start(ParallelConfig())).cluster()
+        meter = Meter(process_groups.start(ParallelConfig()))
+        cluster = meter.cluster()
     finally:
         process_groups.leave()
     with atomic_file(path) as file:
         file.write(cluster.to_yaml().encode())
-    return f"this CPU as a cluster: {place}; plan with --cluster {place}"
+    said = f"this CPU as a cluster: {place}; plan with --cluster {place}"
+    return said if meter.disturbed is None else f"{said}\n{_warning(*meter.disturbed)}"
+
+
+def _warning(fastest: float, slowest: float) -> str:
+    return (
+        f"warning: something else computes on this machine, for steps of the same work took between "
+        f"{1000 * fastest:,.0f} and {1000 * slowest:,.0f} ms: its plans can be far off; calibrate again when it is idle"
+    )
+
+
+def disturbed(wholes: Iterable[Sequence[float]], rounds: int = ROUNDS) -> tuple[float, float] | None:
+    """Of steps of several sorts, (fastest, slowest) of the sort whose times differ most among its fastest ones; none
+    where all of them agree."""
+    extremes = [(min(times), sorted(times)[:rounds][-1]) for times in wholes]
+    fastest, slowest = max(extremes, key=lambda both: both[1] / both[0])
+    return (fastest, slowest) if slowest > UNLIKE * fastest else None
 
 
 class Meter:
@@ -177,11 +205,19 @@ class Meter:
         """What it is now."""
         self.timed.forget()
         self.small.forget()
-        for _ in range(1 if self.quick else ROUNDS):
+        for number in range(1 if self.quick else MOST_ROUNDS):
+            if number >= ROUNDS and self.disturbed is None:
+                break
             self._round()
-        times = fitted([self.timed.timing(tokens) for tokens in TOKENS], self.small.timing(SMALL_TOKENS))
+        large = [self.timed.timing(tokens, ROUNDS) for tokens in TOKENS]
+        times = fitted(large, self.small.timing(SMALL_TOKENS, ROUNDS * SMALL_STEPS))
         peaks = {dtype: _product_rate(dtype, self.quick) for dtype in (torch.float32, torch.bfloat16)}
         return cluster_of(times, peaks[torch.float32], peaks[torch.bfloat16], _copy_rate(self.quick))
+
+    @property
+    def disturbed(self) -> tuple[float, float] | None:
+        """(fastest, slowest) of steps that should have taken equally long, in the rounds that count."""
+        return disturbed(self.timed.wholes.values())
 
     def _round(self) -> None:
         for tokens in TOKENS:

@@ -5,13 +5,15 @@ from __future__ import annotations
 import random
 from collections import defaultdict
 from pathlib import Path
+from typing import Any, cast
 
 import pytest
 
 from megavlm import cli
 from megavlm.build.run_config import ParallelConfig, RunConfig
 from megavlm.parallel import groups as parallel_groups
-from megavlm.plan.calibrate import TimedDecoder, cluster_of
+from megavlm.plan import calibrate as calibrating
+from megavlm.plan.calibrate import TimedDecoder, cluster_of, disturbed
 from megavlm.plan.cluster import Cluster, parse_cluster
 from megavlm.plan.cost import Efficiency, seconds_of
 from megavlm.plan.fit import MachineTimes, TimedWork, Timing, fitted
@@ -91,6 +93,81 @@ def test_a_measured_machine_is_read_back_and_takes_what_was_measured(tmp_path: P
         )
         behind = BETWEEN + GIVEN_BACK * work.made / MACHINE.allocated
         assert takes(cost) == pytest.approx(work.seconds + behind)
+
+
+QUIET = [0.100, 0.105, 0.098]
+
+
+@pytest.mark.parametrize(
+    ("wholes", "found"),
+    [
+        ([QUIET, [0.5, 0.52, 0.51]], None),
+        ([QUIET, [0.5, 0.7, 0.8]], (0.5, 0.8)),
+        ([[0.1, 0.9, 0.2], [0.5, 0.9, 0.6]], (0.1, 0.9)),
+        ([[0.9, 0.3, *QUIET]], None),  # of more rounds the fastest count
+        ([[0.9, 0.3, 0.1, 0.105]], (0.1, 0.3)),
+    ],
+)
+def test_other_work_on_the_machine_shows_in_steps_that_should_be_alike(
+    wholes: list[list[float]], found: tuple[float, float] | None
+) -> None:
+    assert disturbed(wholes) == found
+
+
+class Slowed:
+    """A decoder whose steps take what it is told, and the last of that from then on."""
+
+    def __init__(self, seconds: list[float]) -> None:
+        self.seconds, self.wholes = seconds, dict[int, list[float]]()
+        self.rounds = 0
+
+    def forget(self) -> None:
+        self.wholes.clear()
+
+    def round(self, tokens: int) -> None:
+        times = self.wholes.setdefault(tokens, [])
+        times.append(self.seconds[min(len(times), len(self.seconds) - 1)])
+        self.rounds = len(times)
+
+    def timing(self, tokens: int, most: int) -> Timing:
+        return step(random.Random(tokens), 1e4 * tokens)
+
+
+@pytest.mark.parametrize(
+    ("seconds", "rounds", "is_said"),
+    [
+        (QUIET, 3, False),
+        ([0.9, 0.1, 0.3, 0.1, 0.11], 5, False),
+        ([0.1, 0.2, 0.4, 0.8, 1.6, 3.2, 6.4, 12.8, 25.6], 9, True),
+    ],
+)
+def test_a_busy_machine_is_measured_for_longer_and_then_named(
+    seconds: list[float], rounds: int, is_said: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    decoder = Slowed(seconds)
+
+    own = object.__new__(calibrating.Meter)
+    own.quick, own.timed, own.small = False, cast(Any, decoder), cast(Any, Slowed(QUIET))
+    monkeypatch.setattr(calibrating, "Meter", lambda groups: own)
+    monkeypatch.setattr(calibrating, "_product_rate", lambda *_: 1e11)
+    monkeypatch.setattr(calibrating, "_copy_rate", lambda *_: 1e10)
+    monkeypatch.setattr(calibrating.process_groups, "join", lambda: None)
+    monkeypatch.setattr(calibrating.process_groups, "start", lambda *_: None)
+    monkeypatch.setattr(calibrating.process_groups, "leave", lambda: None)
+    place = tmp_path / "cpu.yaml"
+    said = calibrating.calibrate(str(place))
+    assert decoder.rounds == rounds and parse_cluster(str(place)).gpus == 1
+    assert ("something else computes on this machine" in said) == is_said
+    assert not is_said or "took between 100 and 400 ms" in said.splitlines()[-1]
+
+
+def test_of_more_rounds_than_count_the_slow_ones_are_left_out() -> None:
+    decoder = object.__new__(TimedDecoder)
+    works = [step(random.Random(7), 1e5).works] * 4
+    slow = [[work._replace(seconds=9 * work.seconds) for work in works[0]]] * 2
+    decoder.wholes, decoder.followed = {32: [0.9, 0.1, 0.12, 0.8, 0.11, 0.1]}, {32: []}
+    decoder.followed[32] = [slow[0], works[0], works[1], slow[1], works[2], works[3]]
+    assert decoder.timing(32, 4) == Timing(pytest.approx(0.105), works[0])
 
 
 def predicted(slower: float) -> list[float]:
