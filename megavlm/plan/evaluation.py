@@ -54,6 +54,14 @@ class Evaluation:
         """Bytes on that stage, with what the allocator loses."""
         return needed_bytes(self.memory[self.fullest])
 
+    def needed_with(self, tokens: int) -> float:
+        """Bytes on the fullest stage if rows had so many tokens, of which each further one costs what it does between
+        the mean row and the long one."""
+        return max(
+            memory.total + _of_token(profile) * (tokens - profile.worst.length)
+            for profile, memory in zip(self.profiles, self.memory, strict=True)
+        ) * (1 + SLACK)
+
     @property
     def over(self) -> float:
         """Bytes that it lacks; negative: that are left."""
@@ -96,6 +104,13 @@ class Evaluation:
 def _rows(profile: StageProfile) -> list[RowProfile]:
     """The worst first, which is named where others need as much."""
     return [profile.worst, profile.mean, *([profile.long] if profile.long else [])]
+
+
+def _of_token(profile: StageProfile) -> float:
+    """Bytes."""
+    long = profile.long or profile.worst
+    tokens = long.length - profile.mean.length
+    return max((long.memory.total - profile.mean.memory.total) / tokens, 0.0) if tokens else 0.0
 
 
 def needed_bytes(memory: MemoryUse) -> float:

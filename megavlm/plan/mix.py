@@ -48,6 +48,8 @@ class Mix:
     """That is nearest to the mean; none where all rows are alike."""
     seen: str = ""
     """What the worst row is the worst of, in words."""
+    longest: int = 0
+    """Tokens of a row that the data settings allow; 0 where all rows are alike."""
 
     @property
     def traced(self) -> dict[str, PlannedRow]:
@@ -94,6 +96,7 @@ def _summary(steps: Sequence[SeenStep], limits: PackLimits, assumptions: tuple[s
         pictures=_mean([step.pictures.sum() for step in usual]),
         step=middle,
         seen=_seen(len(steps), limits, bool(assumptions)),
+        longest=limits.max_tokens,
     )
 
 
@@ -137,13 +140,13 @@ def _longest(steps: Sequence[SeenStep], limits: PackLimits) -> int:
 
 
 def _seen(steps: int, limits: PackLimits, is_assumed: bool) -> str:
-    of_tiles = "no limit but that says how many tiles a row may have (data.rows.max_tiles=N would)"
+    evened = "" if limits.rows_multiple == 1 else f", or {LONGER:g} times the mean, as evening rows out may make one"
+    of_tiles = "nothing limits the tiles of one (data.rows.max_tiles=N would)"
     if limits.max_tiles is not None:
-        of_tiles = f"data.rows.max_tiles allows {limits.max_tiles:,} tiles"
-    which = "assumed step" if is_assumed else "step of the data"
+        of_tiles = f"data.rows.max_tiles {limits.max_tiles:,} tiles"
     return (
-        f"worst: the most tiles and the longest row of {steps} {which}{'s' if steps > 1 else ''}, no shorter than "
-        f"evening rows out may make one ({LONGER:g} times the mean); data.rows.max_tokens allows "
+        f"the worst row has the most tiles and the length of the longest of {steps:,} "
+        f"{'assumed steps' if is_assumed else 'steps of the data'}{evened}; data.rows.max_tokens allows "
         f"{limits.max_tokens:,} tokens, {of_tiles}"
     )
 

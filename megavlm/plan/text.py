@@ -79,6 +79,7 @@ def report(plan: StagePlan, evaluation: Evaluation, mix: Mix, efficiency: Effici
         *_rows(mix),
         "",
         *_memory(evaluation),
+        *_longest(evaluation, mix.longest),
         "",
         *_time(plan, evaluation),
         *(["", *loading_lines(plan.loading)] if plan.loading else []),
@@ -107,6 +108,13 @@ def _memory(evaluation: Evaluation) -> Iterator[str]:
     yield f"memory of a GPU in GiB, of {have:.1f}:"
     yield from aligned(table)
     yield "it fits" if evaluation.fits else f"it does not fit: {evaluation.misfit}"
+
+
+def _longest(evaluation: Evaluation, tokens: int) -> Iterator[str]:
+    """What the longest rows would need that there could be."""
+    if tokens > evaluation.profiles[0].worst.length:
+        needed = evaluation.needed_with(tokens) / GIB
+        yield f"rows of {tokens:,} tokens, which data.rows.max_tokens allows, would need about {needed:.1f} GiB"
 
 
 def _cells(memory: MemoryUse) -> list[str]:

@@ -163,11 +163,12 @@ def test_a_busy_machine_is_measured_for_longer_and_then_named(
 
 def test_of_more_rounds_than_count_the_slow_ones_are_left_out() -> None:
     decoder = object.__new__(TimedDecoder)
-    works = [step(random.Random(7), 1e5).works] * 4
-    slow = [[work._replace(seconds=9 * work.seconds) for work in works[0]]] * 2
-    decoder.wholes, decoder.followed = {32: [0.9, 0.1, 0.12, 0.8, 0.11, 0.1]}, {32: []}
-    decoder.followed[32] = [slow[0], works[0], works[1], slow[1], works[2], works[3]]
-    assert decoder.timing(32, 4) == Timing(pytest.approx(0.105), works[0])
+    works = list(step(random.Random(7), 1e5).works)
+    slow = [work._replace(seconds=9 * work.seconds) for work in works]
+    decoder.wholes = {32: [0.9, 0.1, 0.12, 0.8, 0.11, 0.1]}
+    decoder.followed = {32: [slow, works, works, slow, works, works]}
+    found = decoder.timing(32, 4)
+    assert found.seconds == pytest.approx(0.105) and found.works == works
 
 
 def predicted(slower: float) -> list[float]:

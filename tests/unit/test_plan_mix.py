@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 
+from megavlm.build.loader import build_words
 from megavlm.build.run_config import RunConfig, check_for_world
 from megavlm.data.packing import LONGER, deal_rows
+from megavlm.data.step_plan import Planner, open_sources
 from megavlm.plan.choice import Choice
 from megavlm.plan.cluster import parse_cluster
 from megavlm.plan.judge import drawn_of, microbatches_of
 from megavlm.plan.mix import Mix, mix_of
 from megavlm.plan.seen import assumed_steps, dealt
 from megavlm.recipes import recipe
+from megavlm.toy.data import prepare_toy_data
+from megavlm.toy.tokenizer import write_tokenizer
 
 
 def planned(name: str, **rows: int) -> tuple[RunConfig, Mix]:
@@ -49,12 +55,34 @@ def test_the_worst_row_is_that_of_many_steps_and_as_long_as_evening_out_allows(n
     assert not worse
 
 
+def test_of_prepared_data_many_steps_are_looked_at(tmp_path: Path) -> None:
+    write_tokenizer(tmp_path / "tokenizer")
+    prepare_toy_data(tmp_path / "data", tmp_path / "tokenizer", samples={"pairs": 40, "documents": 40})
+    run = recipe("infimm-tiny/pretrain")
+    assert run.data is not None
+    data = run.data.replace(path=str(tmp_path / "data"), tokenizer=str(tmp_path / "tokenizer"))
+    run = run.replace(data=data, train=run.train.replace(train_iters=60))
+    mix, words = mix_of(run, from_data=True), build_words(run)
+    planner = Planner(data, open_sources(data, words), words, run.train.seed)
+    lengths, tiles = [], []
+    for number in range(60):
+        plan = planner.plan(number)
+        lengths.append(int(plan.packing.row_lengths.max()))
+        tiles += [plan.tiles[planner.samples_of(plan, row)].sum() for row in range(plan.packing.rows)]
+    assert mix.worst.tiles == max(tiles) > np.mean(tiles) and mix.worst.padded >= max(lengths)
+    assert "of 60 steps of the data" in mix.seen and not mix.assumptions
+    assert mix.step is not None and mix.rows * 60 == len(mix.sizes) == len(tiles)
+    assert mix.tiles * 60 == sum(tiles) == mix.pictures * 60  # of a tile each
+    assert sum(len(row.pictures) for row in mix.step.planned) == mix.step.pictures.sum()
+    assert mix_of(run.replace(parallel=run.parallel.replace(tensor_model_parallel_size=2)), True).step is mix.step
+
+
 def test_no_row_is_longer_than_the_data_settings_allow() -> None:
     _, mix = planned("aquila-vl-tiny/2a", max_tokens=832)
     assert mix.worst.padded == mix.long.padded == 832
-    assert "data.rows.max_tokens allows 832 tokens, no limit but that" in mix.seen
+    assert "data.rows.max_tokens allows 832 tokens, nothing limits the tiles" in mix.seen and mix.longest == 832
     _, mix = planned("aquila-vl-tiny/2a", max_tiles=17)
-    assert mix.worst.tiles <= 17 and "allows 17 tiles" in mix.seen
+    assert mix.worst.tiles <= 17 and "data.rows.max_tiles 17 tiles" in mix.seen
 
 
 def test_the_sizes_of_a_step_add_up_to_what_passes_through() -> None:

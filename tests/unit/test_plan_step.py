@@ -170,6 +170,21 @@ def test_an_evaluation_says_what_fits_and_how_fast_it_is() -> None:
     assert bad.misfit.startswith("stage 0 of 2 needs") and f"{bad.over / GIB:.1f} more" in bad.misfit
 
 
+def test_longer_rows_than_were_looked_at_need_more_by_what_tokens_cost() -> None:
+    one = evaluated(MadeModel(lengths=(1000, 1500)), Choice(pipeline=2), CLUSTER)
+    profiles = []
+    for profile in one.profiles:
+        wider = {}
+        for name, more in {"long": 500, "worst": 700}.items():
+            row = getattr(profile, name)
+            wider[name] = replace(row, memory=replace(row.memory, activations=row.memory.activations + (more << 20)))
+        profiles.append(replace(profile, **wider))
+    found = replace(one, profiles=tuple(profiles))
+    assert found.needed_with(1500) == pytest.approx(found.needed)
+    assert found.needed_with(2000) == pytest.approx(found.needed + 1.05 * (500 << 20))
+    assert one.needed_with(9000) == pytest.approx(one.needed)  # where tokens cost nothing
+
+
 @pytest.mark.parametrize("name", ["mean", "worst", "long"])
 def test_memory_is_that_of_the_row_that_needs_most(name: str) -> None:
     """A mean row's pictures may be dealt less evenly over tensor-parallel ranks than those of the worst."""
