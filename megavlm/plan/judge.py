@@ -71,7 +71,8 @@ def timed(
 
 def drawn_of(mix: Mix, microbatches: int, copies: int) -> DrawnRows | None:
     """The rows of each microbatch of each copy of the model, as the loader deals those of a step; drawn from rows of
-    their sizes where it would make another number of them; none where all are alike.
+    their sizes where it would make another number of them; none where all are alike. They are as full as those of the
+    mix, also where more of them would be emptier: what is traced is a row of the mix.
     """
     if len(set(mix.sizes)) <= 1:
         return None
@@ -79,7 +80,8 @@ def drawn_of(mix: Mix, microbatches: int, copies: int) -> DrawnRows | None:
     if found is None:
         return drawn_rows(mix.sizes, microbatches, copies)
     lengths, tiles = found.step.sizes[found.rows.T].astype(float).transpose(2, 0, 1)
-    return DrawnRows(lengths, tiles)
+    fuller = microbatches * copies / mix.rows
+    return DrawnRows(fuller * lengths, fuller * tiles)
 
 
 def rate_of(run: RunConfig, cluster: Cluster, efficiency: Efficiency) -> Rate:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
+from numpy.typing import NDArray
 
 from megavlm.build.costs import Work, causal_work
 from megavlm.build.run_config import DataConfig, RunConfig
@@ -45,7 +46,7 @@ class Mix:
     pictures: float = 0.0
     """Of a step, each perhaps several tiles."""
     step: SeenStep | None = None
-    """That is nearest to the mean; none where all rows are alike."""
+    """That is nearest to the mean, in unevenness as well; none where all rows are alike."""
     seen: str = ""
     """What the worst row is the worst of, in words."""
     longest: int = 0
@@ -104,14 +105,15 @@ def _mean(values: Sequence[float]) -> float:
     return float(np.mean(values))
 
 
-def _nearest(table: Ints) -> Ints:
+def _nearest(table: NDArray[np.generic]) -> Ints:
     """[items]: those of [items, kinds] that are the nearest to the mean first."""
     mean = table.mean(0)
     return np.argsort((np.abs(table - mean) / np.maximum(mean, 1)).sum(1), kind="stable")
 
 
 def _nearest_step(steps: Sequence[SeenStep]) -> int:
-    return int(_nearest(np.array([(step.tokens.sum(), step.tiles.sum()) for step in steps]))[0])
+    """In what it holds, and in how evenly that is dealt: ranks wait for the slowest in every step."""
+    return int(_nearest(np.array([(step.tokens.sum(), step.tiles.sum(), step.unevenness) for step in steps]))[0])
 
 
 def _mean_row(steps: Sequence[SeenStep]) -> PlannedRow:

@@ -51,6 +51,12 @@ class SeenStep:
         return np.stack([self.packing.row_lengths, self.row_tiles], axis=1)
 
     @functools.cached_property
+    def unevenness(self) -> float:
+        """What the costliest bundle of rows costs, over what they cost in the mean."""
+        costs = self.packing.row_costs.sum(0).reshape(self.packing.limits.rows_multiple, -1).sum(1)
+        return float(costs.max() / costs.mean()) if costs.any() else 1.0
+
+    @functools.cached_property
     def planned(self) -> tuple[PlannedRow, ...]:
         """All rows."""
         return tuple(map(self.row, range(self.packing.rows)))

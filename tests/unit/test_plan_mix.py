@@ -123,7 +123,7 @@ def test_fewer_samples_than_rows_leave_rows_empty_that_are_computed_all_the_same
 
 
 def test_rows_are_dealt_to_the_copies_of_the_model_as_the_loader_deals_them() -> None:
-    _, mix = planned("aquila-vl-2b/3")
+    run, mix = planned("aquila-vl-2b/3")
     assert mix.step is not None
     rows = deal_rows(mix.step.packing, 64)
     drawn = drawn_of(mix, 3, 64)
@@ -133,6 +133,9 @@ def test_rows_are_dealt_to_the_copies_of_the_model_as_the_loader_deals_them() ->
     assert (np.diff(drawn.lengths, axis=0) <= 0).all()  # a rank's longest row first
     of_copies = drawn.tiles.sum(0)
     assert of_copies.max() < 1.1 * of_copies.mean()
+    assert run.data is not None
+    usual = [step.unevenness for step in assumed_steps(run, run.data) if step.packing.rows == 192]
+    assert mix.step.unevenness == pytest.approx(np.mean(usual), rel=0.005) and max(usual) > min(usual) + 0.02
 
 
 def test_rows_are_packed_again_for_copies_that_cannot_share_them() -> None:
@@ -142,6 +145,9 @@ def test_rows_are_packed_again_for_copies_that_cannot_share_them() -> None:
     assert found is not None and found.rows.shape == (96, 2)
     assert found.step.packing.limits.rows_multiple == 192 and sorted(found.rows.flat) == [*range(192)]
     assert found.step.tokens is mix.step.tokens and found.step.row_tiles.sum() == mix.step.tiles.sum()
+    drawn = drawn_of(mix, 2, 128)  # 256 rows, which are reckoned as full as the 192 that they are made of
+    assert drawn is not None and drawn.tiles.mean() == pytest.approx(mix.step.tiles.sum() / 192)
+    assert drawn.lengths.mean() == pytest.approx(mix.step.tokens.sum() / 192, rel=0.01)
     assert dealt(mix.step, 1, 64) is None  # the samples do not fit into 64 rows
     drawn = drawn_of(mix, 1, 64)
     assert drawn is not None and drawn.lengths.shape == (1, 64)
