@@ -46,6 +46,7 @@ Nothing is read but, with --data, the indexes of prepared data sets, and no GPU 
 CALIBRATE = "--calibrate"
 LAYOUT = ("parallel.", "recompute.", "train.micro_batch_size")
 """How the paths of the settings begin that make a layout."""
+NO_LAYOUT = "parallel.distributed_timeout_minutes"
 
 UNPUBLISHED = (
     "no duration of this run was published, neither hours nor throughput: the plan can be judged plausible, not right"
@@ -62,7 +63,7 @@ class _Asked(NamedTuple):
 
     @property
     def has_layout(self) -> bool:
-        return any(path.startswith(LAYOUT) for path in self._paths())
+        return any(path.startswith(LAYOUT) and path != NO_LAYOUT for path in self._paths())
 
     def _paths(self) -> Iterator[str]:
         """Of the settings that the words change; values are none."""

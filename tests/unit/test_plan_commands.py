@@ -36,6 +36,7 @@ def test_a_layout_that_is_asked_for_is_planned_as_it_is(words: list[str]) -> Non
     [
         [],
         ["data_parallel.overlap_grad_reduce=true"],
+        ["--distributed-timeout-minutes", "30"],
         ["--save", "/x/parallel.run/"],
         ["--save=/x/--recompute-all/sequence-parallel"],
         ["checkpoint.save=/x/parallel.run"],
