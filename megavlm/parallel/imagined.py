@@ -7,6 +7,7 @@ what another rank would have said.
 from __future__ import annotations
 
 import contextlib
+import sys
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -25,7 +26,7 @@ def imagined_world(rank: int, world_size: int) -> Iterator[None]:
     """Within the block this process is that rank of so many; it must not have joined any others."""
     assert not dist.is_initialized(), "this process has joined others"
     machine.prepare()
-    fork, gather = CudaRNGStatesTracker.fork, dist.all_gather_object
+    fork, gather, hook = CudaRNGStatesTracker.fork, dist.all_gather_object, sys.excepthook
     # Comparing generator states reads numbers, which tensors without data have not.
     CudaRNGStatesTracker.fork = lambda *_: contextlib.nullcontext()
     dist.all_gather_object = _says_the_same  # type: ignore[assignment]
@@ -34,6 +35,8 @@ def imagined_world(rank: int, world_size: int) -> Iterator[None]:
         yield
     finally:
         groups.leave()
+        # Joining a world wraps it, so that errors are told with the rank: of one that is imagined, and one more each time.
+        sys.excepthook = hook
         CudaRNGStatesTracker.fork, dist.all_gather_object = fork, gather
 
 

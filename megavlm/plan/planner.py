@@ -12,6 +12,7 @@ from megavlm.plan.choice import Choice
 from megavlm.plan.cluster import Cluster
 from megavlm.plan.cost import Decoding, Efficiency
 from megavlm.plan.evaluation import Evaluation
+from megavlm.plan.guess import StepRows
 from megavlm.plan.judge import drawn_of, judge, rate_of
 from megavlm.plan.loading import Loading, loading_of, with_loading
 from megavlm.plan.mix import Mix, mix_of
@@ -180,13 +181,13 @@ class Planner:
             return StagePlan(name=name, asked=run, run=run, search=found, refused=error)
 
     def _searched(self, run: RunConfig, budget: Budget) -> SearchResult:
-        if self.from_data:
-            mix_of(run, from_data=True)  # what cannot be read is no layout's fault: it is said once, by itself
+        mix = mix_of(run, self.from_data)  # what cannot be read is no layout's fault: it is said once, by itself
         began = time.monotonic()
         return search(
             run,
             self.cluster,
             lambda choice: self.judged(choice.apply(run), choice)[0],
+            rows=StepRows.of(mix),
             most_traces=budget.traces,
             progress=self.progress,
             is_late=lambda: time.monotonic() - began > budget.seconds,

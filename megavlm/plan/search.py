@@ -8,16 +8,15 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
 
 from megavlm.build.run_config import RunConfig, check_for_world
 from megavlm.errors import ConfigError, MegavlmError
 from megavlm.plan.choice import RECOMPUTE, Choice
 from megavlm.plan.cluster import GIB, Cluster
 from megavlm.plan.evaluation import SLACK, Evaluation
+from megavlm.plan.guess import Corrected, Estimate, StepRows, guess, weight_floor
 from megavlm.plan.step import BUBBLE, IMBALANCE, MESSAGES
 
 Evaluate = Callable[[Choice], Evaluation]
@@ -28,13 +27,6 @@ BEST = 5
 MOST_TRACES = 16
 MOST_CHUNKS = (1, 2, 4)
 MICRO_BATCHES = (1, 2, 4, 8)
-RECOMPUTE_COST = {"none": 0.0, "selective": 0.15, "full": 1 / 3}
-"""More work than a step's own, estimated, for the order of tries alone."""
-REACHED = 0.5
-"""Share of the peak that the estimate takes products to reach."""
-_KEPT = {"none": 34.0, "selective": 18.0, "full": 2.0}
-"""Bytes of activations a token and hidden channel that a layer holds, for the order of tries alone (Korthikanti et al.
-2022, equation 2 without the scores)."""
 
 
 @dataclass(frozen=True)
@@ -115,6 +107,7 @@ def search(
     cluster: Cluster,
     evaluate: Evaluate,
     *,
+    rows: StepRows | None = None,
     most_traces: int = MOST_TRACES,
     choices: Sequence[Choice] | None = None,
     progress: Callable[[str], None] = lambda _: None,
@@ -132,11 +125,11 @@ def search(
         else:
             refused.append(Failure(choice, problem))
     judged = _Judged(evaluate, most_traces, progress, is_late)
-    guesses = {choice: _guess(run, choice, cluster) for choice in accepted}
+    step = rows or StepRows.full(run)
+    judged.corrected = Corrected({choice: guess(run, choice, cluster, step) for choice in accepted})
     while accepted:
-        # What has been judged tells how far the guesses of memory are off, and so what to try next.
-        scale = judged.scale(guesses)
-        accepted.sort(key=lambda choice: guesses[choice].order(scale, cluster), reverse=True)
+        # What has been judged tells how far the guesses are off, and so what to try next.
+        accepted.sort(key=lambda choice: _order(judged.corrected.estimate(choice), cluster), reverse=True)
         judged.consider(accepted.pop())
     row_tokens = run.data.rows.max_tokens if run.data else None
     return dataclasses.replace(_result(len(all_choices), refused, judged), row_tokens=row_tokens)
@@ -159,66 +152,8 @@ def refusal(run: RunConfig, choice: Choice, cluster: Cluster) -> str | None:
     return None
 
 
-def layer_parameters(run: RunConfig) -> int:
-    """Of one decoder layer's products."""
-    decoder = run.decoder
-    heads = (decoder.num_attention_heads * 2 + decoder.num_query_groups * 2) * decoder.kv_channels
-    return decoder.hidden_size * (heads + 3 * decoder.ffn_hidden_size)
-
-
-def weight_floor(run: RunConfig, choice: Choice, cluster: Cluster) -> float:
-    """Bytes that a stage holds at the least, whatever it does: its layers' weights, and what training them takes."""
-    parameters = layer_parameters(run) * -(-run.decoder.num_layers // choice.pipeline) / choice.tensor
-    each = 2.0 if run.precision.dtype.itemsize == 2 else 4.0
-    if "decoder" in run.trainable:
-        state = 12.0 if each == 2.0 else 8.0
-        data = choice.data_parallel(cluster.gpus) if run.data_parallel.use_distributed_optimizer else 1
-        each += (4.0 if run.data_parallel.grad_reduce_in_fp32 else each) + state / data
-    return parameters * each
-
-
-class _Guess(NamedTuple):
-    """A rough idea of a layout, which only decides what is tried first."""
-
-    static: float
-    activations: float
-    seconds: float
-    """Of a GPU, for a row."""
-
-    def order(self, scale: float, cluster: Cluster) -> tuple[bool, float, float]:
-        needed = (self.static + scale * self.activations) * (1 + SLACK)
-        return needed > cluster.chip.memory_bytes, self.seconds, needed
-
-
-def _guess(run: RunConfig, choice: Choice, cluster: Cluster) -> _Guess:
-    tokens = _row_tokens(run, choice)
-    layers = run.decoder.num_layers
-    flops = 6.0 * layer_parameters(run) * layers * tokens / choice.model_parallel
-    compute = flops / (REACHED * cluster.chip.bf16_tflops * 1e12) * (1 + RECOMPUTE_COST[choice.recompute])
-    size = tokens * run.decoder.hidden_size * 2.0
-    span = cluster.span("tp", choice.tensor, choice.pipeline)
-    compute += 4 * layers / choice.pipeline * cluster.collective_seconds("all_reduce", size, span)
-    microbatches = max(1.0, _rows(run) / choice.data_parallel(cluster.gpus))
-    bubble = (choice.pipeline - 1) / (microbatches * choice.chunks)
-    held = min(microbatches, choice.pipeline) * (1 + (choice.chunks > 1)) * layers / choice.pipeline
-    activations = _KEPT[choice.recompute] * tokens * run.decoder.hidden_size * held / choice.tensor
-    # What the tower does on the first stage alone holds all others up.
-    uneven = 0.0 if choice.towers_everywhere or choice.model_parallel == 1 else 0.01
-    seconds = compute * (1 + bubble + uneven) * choice.model_parallel
-    return _Guess(weight_floor(run, choice, cluster), activations, seconds)
-
-
-def _row_tokens(run: RunConfig, choice: Choice) -> float:
-    if run.data is None:
-        return run.row_tokens * (choice.micro_batch or run.train.micro_batch_size)
-    return run.data.rows.max_tokens
-
-
-def _rows(run: RunConfig) -> float:
-    """Of a step, as many as there are at the least."""
-    if run.data is None:
-        return run.samples_per_step / run.train.micro_batch_size
-    return max(run.data.rows.rows_multiple, run.samples_per_step / 16)
+def _order(estimate: Estimate, cluster: Cluster) -> tuple[bool, float, float]:
+    return not estimate.fits(cluster), estimate.seconds, estimate.needed
 
 
 @dataclass
@@ -233,15 +168,7 @@ class _Judged:
     untried: int = 0
     evaluations: list[Evaluation] = field(default_factory=list)
     failures: list[Failure] = field(default_factory=list)
-
-    def scale(self, guesses: Mapping[Choice, _Guess]) -> float:
-        """How many times the guessed activations (and all else that is no weight) there really are."""
-        ratios = [
-            max((one.needed / (1 + SLACK) - guess.static) / guess.activations, 0.01)
-            for one in self.evaluations
-            if (guess := guesses[one.choice]).activations
-        ]
-        return math.exp(sum(map(math.log, ratios)) / len(ratios)) if ratios else 1.0
+    corrected: Corrected = field(default_factory=lambda: Corrected({}))
 
     def consider(self, choice: Choice) -> None:
         alike = [known for known in self.evaluations if _without_recompute(known.choice) == _without_recompute(choice)]
@@ -262,6 +189,7 @@ class _Judged:
             self.failures.append(Failure(choice, str(error)))
             return
         self.evaluations.append(evaluation)
+        self.corrected.learn(evaluation)
         if not evaluation.fits:
             self.failures.append(Failure(choice, evaluation.misfit))
 
