@@ -35,7 +35,7 @@ def imagined_world(rank: int, world_size: int) -> Iterator[None]:
         yield
     finally:
         groups.leave()
-        # Joining a world wraps it, so that errors are told with the rank: of one that is imagined, and one more each time.
+        # Joining a world wraps it, to name the rank in every error: imagined here, and one more each time.
         sys.excepthook = hook
         CudaRNGStatesTracker.fork, dist.all_gather_object = fork, gather
 

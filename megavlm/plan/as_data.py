@@ -10,6 +10,7 @@ from megavlm.plan.choice import Choice
 from megavlm.plan.cluster import Cluster
 from megavlm.plan.cost import Decoding, Efficiency
 from megavlm.plan.evaluation import SLACK, Evaluation
+from megavlm.plan.guess import Estimate
 from megavlm.plan.loading import Loading
 from megavlm.plan.planner import StagePlan, Totals
 from megavlm.plan.profile import RowProfile, StageProfile
@@ -77,6 +78,7 @@ def _stage(plan: StagePlan, efficiency: Efficiency, decoding: Decoding) -> dict[
         "images_per_step": mix.tiles,
         "step_seconds": one.seconds,
         "split_seconds": dict(one.step.split),
+        "busiest_stage": one.step.busiest,
         "bounds": {name: bound._asdict() for name, bound in one.step.bounds.items()},
         "communication_seconds": dict(one.step.groups),
         "tokens_per_second": one.tokens_per_second,
@@ -153,7 +155,13 @@ def _search(found: SearchResult, run: RunConfig) -> dict[str, Any]:
             for one in found.best
         ],
         "failures": [{"layout": _layout(one.choice, run), "reason": one.reason} for one in found.failures],
+        "estimates": [_estimate(one, run) for one in found.next],
+        "estimated_failures": [_estimate(one, run) for one in found.misfits],
     }
+
+
+def _estimate(one: Estimate, run: RunConfig) -> dict[str, Any]:
+    return {"layout": _layout(one.choice, run), "step_seconds": one.seconds, "needed_bytes": one.needed}
 
 
 def _judged(one: Evaluation) -> dict[str, float]:

@@ -117,19 +117,31 @@ class Estimate(NamedTuple):
         return self.needed <= cluster.chip.memory_bytes
 
 
-def guess(run: RunConfig, choice: Choice, cluster: Cluster, step: StepRows) -> Guess:
-    """What a layout comes to; the trainer must accept it."""
-    return _Guesser(run, choice, cluster, step).guess()
+class Guesser:
+    """Guesses layouts of one run; what does not depend on the layout is reckoned once."""
+
+    def __init__(self, run: RunConfig, step: StepRows | None = None) -> None:
+        self.run = run
+        self.step = step or StepRows.full(run)
+        self.costs = part_costs(run, self.step.work)
+        self._cuts: dict[tuple[object, ...], list[int]] = {}
+
+    def guess(self, choice: Choice, cluster: Cluster) -> Guess:
+        """What a layout comes to; refused where the trainer would refuse it."""
+        cut = (choice.pipeline, choice.chunks, choice.towers_everywhere)
+        if cut not in self._cuts:
+            parallel = with_layout(choice.apply(self.run)).parallel
+            self._cuts[cut] = layers_of_chunks(parallel, self.run.decoder.num_layers)
+        return _OfLayout(self, choice, cluster, self._cuts[cut]).guess()
 
 
-class _Guesser:
-    def __init__(self, run: RunConfig, choice: Choice, cluster: Cluster, step: StepRows) -> None:
-        self.run, self.choice, self.cluster, self.step = run, choice, cluster, step
+class _OfLayout:
+    def __init__(self, guesser: Guesser, choice: Choice, cluster: Cluster, layers: Sequence[int]) -> None:
+        self.run, self.costs = guesser.run, guesser.costs
+        self.choice, self.cluster, self.layers = choice, cluster, layers
         self.copies = choice.data_parallel(cluster.gpus)
-        self.rows, self.tokens = step.shared(choice, run)
+        self.rows, self.tokens = guesser.step.shared(choice, self.run)
         self.microbatches = math.ceil(self.rows / self.copies)
-        parallel = with_layout(choice.apply(run)).parallel
-        self.layers = layers_of_chunks(parallel, run.decoder.num_layers)
 
     def guess(self) -> Guess:
         held = self._most_layers() * _gated_share(self.run)
@@ -172,7 +184,7 @@ class _Guesser:
     def _chunks(self) -> tuple[list[float], float]:
         """(seconds of a row in each chunk, forward and backward; of a tower ahead of them)."""
         run, choice = self.run, self.choice
-        costs = part_costs(run, self.step.work)
+        costs = self.costs
         rate = self.rows * choice.tensor * REACHED * self.cluster.chip.bf16_tflops * 1e12
         again = 1 + RECOMPUTE_COST[choice.recompute]
         layers = [again * (layer + gated) / rate for layer, gated in zip(costs.layers, costs.gated, strict=True)]
@@ -257,6 +269,12 @@ class Corrected:
         self.seen.append(
             (one.choice, one.seconds / known.seconds, max(left / known.activations, 0.01) if known.activations else 1.0)
         )
+
+    def with_seen_of(self, other: Corrected) -> Corrected:
+        """The same guesses, corrected by what was judged elsewhere."""
+        found = Corrected(self.guesses)
+        found.seen = other.seen
+        return found
 
     def estimate(self, choice: Choice) -> Estimate:
         """The guess, times what the judged ones say."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -12,12 +13,13 @@ from megavlm.plan.choice import Choice
 from megavlm.plan.cluster import Cluster
 from megavlm.plan.cost import Decoding, Efficiency
 from megavlm.plan.evaluation import Evaluation
-from megavlm.plan.guess import StepRows
+from megavlm.plan.further import Promising
+from megavlm.plan.guess import Guesser, StepRows
 from megavlm.plan.judge import drawn_of, judge, rate_of
 from megavlm.plan.loading import Loading, loading_of, with_loading
 from megavlm.plan.mix import Mix, mix_of
-from megavlm.plan.scale import ScalePoint, scale
-from megavlm.plan.search import MOST_TRACES, SearchResult, candidates, search, with_rows
+from megavlm.plan.scale import ScalePoint, counts, rows_of, scale
+from megavlm.plan.search import MOST_TRACES, SearchResult, search, with_rows
 
 REMEDY = "use more tensor or pipeline parallelism, --recompute-granularity full, or shorter rows"
 
@@ -28,11 +30,11 @@ class Budget:
 
     traces: int
     seconds: float
-    """After which no further layout is traced."""
+    """After which no layout is traced any more."""
 
 
-ALONE = Budget(MOST_TRACES, 40.0)
-OF_SEVERAL = Budget(6, 20.0)
+ALONE = Budget(MOST_TRACES, 48.0)
+OF_SEVERAL = Budget(6, 25.0)
 """Of each stage where a whole model is planned: what it lacks, a plan of the stage by itself finds."""
 
 
@@ -182,7 +184,6 @@ class Planner:
 
     def _searched(self, run: RunConfig, budget: Budget) -> SearchResult:
         mix = mix_of(run, self.from_data)  # what cannot be read is no layout's fault: it is said once, by itself
-        began = time.monotonic()
         return search(
             run,
             self.cluster,
@@ -190,55 +191,61 @@ class Planner:
             rows=StepRows.of(mix),
             most_traces=budget.traces,
             progress=self.progress,
-            is_late=lambda: time.monotonic() - began > budget.seconds,
+            is_late=Clock(budget.seconds).is_late,
         )
 
     def scaled(self, plan: StagePlan) -> StagePlan:
         """With the judged layouts on other numbers of GPUs, and further ones where those cannot use them."""
         if plan.evaluation is None or plan.mix is None:
             return plan
-        mix = plan.mix
-        known = [one.evaluation for one in plan.search.best] if plan.search else []
-        began = time.monotonic()
+        run, mix, clock = plan.asked, plan.mix, Clock(SCALE_SECONDS)
+        known = list(plan.search.evaluations) if plan.search else []
+        known.sort(key=lambda one: one is not plan.evaluation)
+        first = known[0] if known else plan.evaluation
+
+        @functools.cache
+        def mix_in(rows_multiple: int | None, micro_batch: int | None) -> Mix:
+            return mix_of(Choice(rows_multiple=rows_multiple, micro_batch=micro_batch).apply(run), self.from_data)
+
+        def rows(choice: Choice) -> float:
+            return mix_in(choice.rows_multiple, choice.micro_batch).rows
+
         points = scale(
-            plan.run,
+            run,
             known or [plan.evaluation],
-            rate_of(plan.run, self.cluster, self.efficiency),
+            rate_of(run, self.cluster, self.efficiency),
+            rows=rows,
             drawn=lambda microbatches, copies: drawn_of(mix, microbatches, copies),
-            further=lambda cluster, rows: self._further(
-                plan.run, mix, cluster, rows, lambda: time.monotonic() - began > SCALE_SECONDS
+            further=Promising(
+                run,
+                [self.cluster.with_gpus(count) for count in counts(self.cluster)],
+                Guesser(run, StepRows.of(mix_in(None, None))),
+                lambda choice, cluster: judge(
+                    choice.apply(run),
+                    cluster,
+                    mix_in(choice.rows_multiple, choice.micro_batch),
+                    self.efficiency,
+                    choice,
+                ),
+                rows_of(first),
+                clock.is_late,
+                f"not looked at to the end: no layout was traced beyond {SCALE_SECONDS:.0f} s",
+                self.progress,
             ),
-            finished=lambda one: with_loading(plan.run, one, mix, self.decoding),
+            finished=lambda one: with_loading(run, one, mix, self.decoding),
         )
         return replace(plan, scale=points)
 
-    def _further(
-        self, run: RunConfig, mix: Mix, cluster: Cluster, rows: int, is_late: Callable[[], bool]
-    ) -> Evaluation | str | None:
-        """The most promising layout that fits with at most so many copies of the model; why it was not looked for."""
-        if is_late():
-            return f"not looked at: no layout was traced beyond {SCALE_SECONDS:.0f} s"
-        fitting: list[Evaluation] = []
 
-        def evaluate(choice: Choice) -> Evaluation:
-            found = judge(choice.apply(run), cluster, mix, self.efficiency, choice)
-            fitting.extend([found] if found.fits else [])
-            return found
+class Clock:
+    """Whether another trace would end too late, if it takes as long as the longest so far; asked before each."""
 
-        search(
-            run,
-            cluster,
-            evaluate,
-            choices=[choice for choice in candidates(run, cluster) if _shares(choice, cluster, rows)],
-            progress=lambda line: self.progress(f"{cluster.gpus:,} GPUs: {line.partition(': ')[2]}"),
-            is_late=lambda: bool(fitting) or is_late(),
-        )
-        if not fitting and is_late():
-            return f"not looked at to the end: no layout was traced beyond {SCALE_SECONDS:.0f} s"
-        return fitting[0] if fitting else None
+    def __init__(self, seconds: float) -> None:
+        self.began = self.asked = time.monotonic()
+        self.seconds, self.longest = seconds, 0.0
 
-
-def _shares(choice: Choice, cluster: Cluster, rows: int) -> bool:
-    """Whether each copy gets a row, and, interleaved, microbatches that the stages take in turns."""
-    copies = choice.data_parallel(cluster.gpus)
-    return copies <= rows and (choice.chunks == 1 or -(-rows // copies) % choice.pipeline == 0)
+    def is_late(self) -> bool:
+        """To be asked before each trace."""
+        now = time.monotonic()
+        self.longest, self.asked = max(self.longest, now - self.asked), now
+        return now + self.longest > self.began + self.seconds

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from megavlm.build.run_config import RunConfig
 from megavlm.plan.cluster import GIB
 from megavlm.plan.evaluation import SLACK
+from megavlm.plan.guess import Estimate
 from megavlm.plan.scale import ScalePoint, limits_named
 from megavlm.plan.search import SearchResult
 from megavlm.plan.step import PARTS, StepTime
@@ -41,10 +42,14 @@ def search_report(found: SearchResult, run: RunConfig) -> str:
         lines += ["the first one's options:", *wrapped(options, "  ")] if options else ["the first is the run's own"]
     else:
         lines += ["", "none of those that were traced works" if found.untried else "none of them works"]
+    if found.next:
+        lines += ["", "the next by estimate, not traced:", *_estimated(found.next)]
     if found.failures:
         lines += ["", "what does not work:"]
         for failure in found.failures:
             lines += wrapped(f"{failure.choice.name}: {failure.reason}", "  ")
+    if found.misfits:
+        lines += ["", "what would be fast but does not fit, by estimate, not traced:", *_estimated(found.misfits)]
     if found.row_tokens is not None:
         lines += ["", *wrapped(kept_rows(found.row_tokens), "")]
     return "\n".join(lines)
@@ -70,6 +75,13 @@ def _best(found: SearchResult) -> Iterator[str]:
     for row, ranked in zip(rows, found.best, strict=True):
         yield row
         yield from wrapped(ranked.reason, " " * (len(header) - len("layout") + 2))
+
+
+def _estimated(estimates: Sequence[Estimate]) -> Iterator[str]:
+    """Figures of layouts that were not traced, as round as they are rough."""
+    table = [("about s", "GiB", "layout")]
+    table += [(f"{one.seconds:.2g}", f"{one.needed / GIB:.0f}", one.choice.name) for one in estimates]
+    yield from aligned(table)
 
 
 def scale_report(points: Sequence[ScalePoint]) -> str:

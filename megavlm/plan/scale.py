@@ -1,19 +1,20 @@
 """How time and use of the chips go with the number of GPUs: the same global batch over more and more of them.
 
-Stages do the same whatever the copies of the model, so layouts that have been traced once are timed again with fewer
-rows for each copy; only the optimizer's share, the rows that wait and the messages over the copies change. Where there
-would be more copies than the recipe's batch has rows, a layout that cuts the model further is asked for.
+Stages do the same whatever the copies of the model, so layouts that have been traced once are timed again at every
+number of GPUs; only the rows of each copy, the optimizer's share, the rows that wait and the messages over the copies
+change. Further layouts are asked for as long as one promises more, at whichever number of GPUs (`further`).
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
-from typing import NamedTuple
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import NamedTuple, Protocol
 
 from megavlm.build.model import with_layout
 from megavlm.build.run_config import RunConfig
+from megavlm.plan.choice import Choice
 from megavlm.plan.cluster import Cluster
 from megavlm.plan.evaluation import Evaluation
 from megavlm.plan.profile import OpCost, RowProfile, StageProfile
@@ -26,9 +27,10 @@ WORTH_NAMING = 0.05
 BATCH = "the recipe's batch"
 Drawn = Callable[[int, int], DrawnRows | None]
 """(microbatches, replicas) -> tokens and images of each."""
-Further = Callable[[Cluster, int], Evaluation | str | None]
-"""(cluster, rows of a step) -> a layout judged there, of at most so many copies of the model; why none was looked for;
-None: there is none. Its rows are as full as those of the first layout that is known."""
+Rows = Callable[[Choice], float]
+"""Of a step in a layout."""
+Timed = Mapping[int, Sequence[Evaluation]]
+"""GPUs -> the known layouts there, those that do not fit included."""
 Finished = Callable[[Evaluation], Evaluation]
 
 
@@ -51,12 +53,22 @@ def counts(cluster: Cluster) -> list[int]:
     return sorted({count for count in doubled if FEWEST <= count <= MOST} | {cluster.gpus})
 
 
-class _Known(NamedTuple):
-    """A layout that has been judged somewhere."""
+class Further(Protocol):
+    """Whoever finds further layouts."""
 
-    evaluation: Evaluation
-    rows: int
-    """Of a step, as full as they were there."""
+    def more(self, timed: Timed) -> Evaluation | None:
+        """One more layout, judged at some number of GPUs; none where no other promises more, or it is late."""
+
+    def unseen(self) -> str | None:
+        """Why not all that is promising was looked at; none where it was."""
+
+
+class _Nothing:
+    def more(self, timed: Timed) -> None:
+        return None
+
+    def unseen(self) -> None:
+        return None
 
 
 def scale(
@@ -64,43 +76,61 @@ def scale(
     evaluations: Sequence[Evaluation],
     rate: Rate,
     *,
+    rows: Rows | None = None,
     drawn: Drawn = lambda microbatches, replicas: None,
     gpus: Sequence[int] | None = None,
-    further: Further = lambda cluster, rows: None,
+    further: Further | None = None,
     finished: Finished = lambda one: one,
 ) -> list[ScalePoint]:
-    """The fastest of the judged layouts at each number of GPUs; where all of them have more copies than rows, of those
-    that `further` judges. `finished` adds what is not the model's: what it waits for data."""
+    """The fastest of the judged layouts, and of those that `further` judges, at each number of GPUs. `finished` adds
+    what is not the model's: what it waits for data. `rows`: those of a step; none: as many as in the first layout."""
     assert evaluations
-    cluster = evaluations[0].cluster
-    known = [_Known(one, one.microbatches * _copies(one, cluster.gpus)) for one in evaluations]
-    rows = known[0].rows
-    points: list[ScalePoint] = []
-    for count in gpus or counts(cluster):
-        larger = cluster.with_gpus(count)
-        if all(_copies(one.evaluation, count) > one.rows for one in known):
-            more = further(larger, rows)
-            if isinstance(more, str):
-                points.append(ScalePoint(count, None, more))
-                continue
-            known += [_Known(more, rows)] if more else []
-        points.append(_point(known, [_again(run, one, larger, rate, drawn) for one in known], larger, finished))
-    return list(_with_efficiency(points))
+    cluster, most = evaluations[0].cluster, rows_of(evaluations[0])
+    sizes = [cluster.with_gpus(count) for count in gpus or counts(cluster)]
+    timer = _Timer(run, rate, drawn, rows or (lambda _: most), most)
+    tables = [_Table(size) for size in sizes]
+    waiting, further = list(evaluations), further or _Nothing()
+    while waiting:
+        for table in tables:
+            table.add(waiting, timer)
+        more = further.more({table.cluster.gpus: table.timed for table in tables})
+        waiting = [more] if more else []
+    return list(_with_efficiency([table.point(finished, further.unseen()) for table in tables]))
 
 
-def _point(
-    known: Sequence[_Known], timed: Sequence[Evaluation | str], cluster: Cluster, finished: Finished
-) -> ScalePoint:
-    found = [finished(one) for one in timed if isinstance(one, Evaluation)]
-    if found:
-        fastest = min(found, key=lambda one: one.seconds)
-        return ScalePoint(cluster.gpus, fastest, limit(fastest.step))
-    fewest = min(known, key=lambda one: _copies(one.evaluation, cluster.gpus))
-    copies = _copies(fewest.evaluation, cluster.gpus)
-    if copies > fewest.rows:
-        said = f"{BATCH} ({fewest.rows:,} rows for {copies:,} copies of the model)"
-        return ScalePoint(cluster.gpus, None, said)
-    return ScalePoint(cluster.gpus, None, str(timed[known.index(fewest)]))
+def rows_of(one: Evaluation) -> int:
+    """Of a step, over all copies."""
+    return one.microbatches * _copies(one, one.cluster.gpus)
+
+
+def rows_at_once(choice: Choice, cluster: Cluster) -> int:
+    """Rows that a step has at the least: one of each copy, and interleaved one of each stage that takes turns."""
+    return choice.data_parallel(cluster.gpus) * (choice.pipeline if choice.chunks > 1 else 1)
+
+
+@dataclass
+class _Table:
+    """What is known of one number of GPUs."""
+
+    cluster: Cluster
+    timed: list[Evaluation] = field(default_factory=list)
+    problems: list[tuple[int, str]] = field(default_factory=list)
+    """(rows that the layout takes, why it does not work)."""
+
+    def add(self, known: Sequence[Evaluation], timer: _Timer) -> None:
+        for one in known:
+            again = timer.again(one, self.cluster)
+            if isinstance(again, Evaluation):
+                self.timed.append(again)
+            problem = again if isinstance(again, str) else again.misfit
+            self.problems.append((rows_at_once(one.choice, self.cluster), problem))
+
+    def point(self, finished: Finished, unseen: str | None) -> ScalePoint:
+        found = [finished(one) for one in self.timed if one.fits]
+        if found:
+            fastest = min(found, key=lambda one: one.seconds)
+            return ScalePoint(self.cluster.gpus, fastest, limit(fastest.step))
+        return ScalePoint(self.cluster.gpus, None, unseen or min(self.problems)[1])
 
 
 def _with_efficiency(points: Sequence[ScalePoint]) -> Iterator[ScalePoint]:
@@ -131,36 +161,46 @@ def limit(step: StepTime) -> str:
     return f"{name} ({100 * share:.0f} %)" if share >= WORTH_NAMING else "computing"
 
 
-def _again(run: RunConfig, layout: _Known, cluster: Cluster, rate: Rate, drawn: Drawn) -> Evaluation | str:
-    """A judged layout on another number of GPUs; why it does not work there."""
-    known, rows = layout
-    if cluster.gpus % known.choice.model_parallel:
-        return f"{cluster.gpus} GPUs do not divide into copies of {known.choice.model_parallel}"
-    copies = _copies(known, cluster.gpus)
-    if copies > rows:
-        return f"{copies:,} copies of the model share {rows:,} rows"
-    choice = with_rows(run, known.choice, cluster)
-    problem = refusal(run, choice, cluster)
-    if problem:
-        return problem
-    microbatches = -(-rows // copies)
-    if choice.chunks > 1:
-        microbatches = -(-microbatches // choice.pipeline) * choice.pipeline
-    shards = _copies(known, known.cluster.gpus) / copies if run.data_parallel.use_distributed_optimizer else 1.0
-    change = _Change(rows / (microbatches * copies), shards, microbatches / known.microbatches)
-    profiles = tuple(_profile(profile, change) for profile in known.profiles)
-    parallel = with_layout(choice.apply(run)).parallel
-    step = step_time(
-        profiles,
-        cluster,
-        parallel,
-        microbatches,
-        rate,
-        data_parallel=run.data_parallel,
-        rows=drawn(microbatches, copies),
-    )
-    found = replace(known, choice=choice, cluster=cluster, profiles=profiles, step=step, microbatches=microbatches)
-    return found if found.fits else found.misfit
+class _Timer(NamedTuple):
+    """Times layouts on other numbers of GPUs."""
+
+    run: RunConfig
+    rate: Rate
+    drawn: Drawn
+    rows: Rows
+    most: int
+    """Copies of the model that get a row each."""
+
+    def again(self, known: Evaluation, cluster: Cluster) -> Evaluation | str:
+        """A judged layout on another number of GPUs; why the trainer would not take it there."""
+        if cluster.gpus % known.choice.model_parallel:
+            return f"{cluster.gpus} GPUs do not divide into copies of {known.choice.model_parallel}"
+        at_once = rows_at_once(known.choice, cluster)
+        if at_once > self.most:
+            copies = _copies(known, cluster.gpus)
+            turns = f" of {known.choice.pipeline} stages in turns" if at_once > copies else ""
+            return f"{BATCH} ({self.most:,} rows for {copies:,} copies of the model{turns})"
+        choice = with_rows(self.run, replace(known.choice, rows_multiple=None), cluster)
+        return refusal(self.run, choice, cluster) or self._timed(known, choice, cluster)
+
+    def _timed(self, known: Evaluation, choice: Choice, cluster: Cluster) -> Evaluation:
+        run, copies = self.run, _copies(known, cluster.gpus)
+        microbatches = math.ceil(self.rows(choice) / copies)
+        if choice.chunks > 1:
+            microbatches = -(-microbatches // choice.pipeline) * choice.pipeline
+        shards = _copies(known, known.cluster.gpus) / copies if run.data_parallel.use_distributed_optimizer else 1.0
+        change = _Change(rows_of(known) / (microbatches * copies), shards, microbatches / known.microbatches)
+        profiles = tuple(_profile(profile, change) for profile in known.profiles)
+        step = step_time(
+            profiles,
+            cluster,
+            with_layout(choice.apply(run)).parallel,
+            microbatches,
+            self.rate,
+            data_parallel=run.data_parallel,
+            rows=self.drawn(microbatches, copies),
+        )
+        return replace(known, choice=choice, cluster=cluster, profiles=profiles, step=step, microbatches=microbatches)
 
 
 def _copies(known: Evaluation, gpus: int) -> int:

@@ -16,7 +16,7 @@ from megavlm.errors import ConfigError, MegavlmError
 from megavlm.plan.choice import RECOMPUTE, Choice
 from megavlm.plan.cluster import GIB, Cluster
 from megavlm.plan.evaluation import SLACK, Evaluation
-from megavlm.plan.guess import Corrected, Estimate, StepRows, guess, weight_floor
+from megavlm.plan.guess import Corrected, Estimate, Guesser, StepRows, weight_floor
 from megavlm.plan.step import BUBBLE, IMBALANCE, MESSAGES
 
 Evaluate = Callable[[Choice], Evaluation]
@@ -59,6 +59,10 @@ class SearchResult:
     """All that were judged."""
     untried: int = 0
     """Neither judged nor ruled out when the number of traces was used up."""
+    next: tuple[Estimate, ...] = ()
+    """Of those that were not tried the fastest that are thought to fit."""
+    misfits: tuple[Estimate, ...] = ()
+    """Of those that were not tried the fastest that are thought not to fit."""
     row_tokens: int | None = None
     """Of prepared data the longest row, which is a microbatch: the search keeps the run's. None: of toy text,
     whose micro-batches are searched."""
@@ -125,14 +129,14 @@ def search(
         else:
             refused.append(Failure(choice, problem))
     judged = _Judged(evaluate, most_traces, progress, is_late)
-    step = rows or StepRows.full(run)
-    judged.corrected = Corrected({choice: guess(run, choice, cluster, step) for choice in accepted})
+    guesser = Guesser(run, rows)
+    judged.corrected = Corrected({choice: guesser.guess(choice, cluster) for choice in accepted})
     while accepted:
         # What has been judged tells how far the guesses are off, and so what to try next.
         accepted.sort(key=lambda choice: _order(judged.corrected.estimate(choice), cluster), reverse=True)
         judged.consider(accepted.pop())
     row_tokens = run.data.rows.max_tokens if run.data else None
-    return dataclasses.replace(_result(len(all_choices), refused, judged), row_tokens=row_tokens)
+    return dataclasses.replace(_result(len(all_choices), refused, judged, cluster), row_tokens=row_tokens)
 
 
 def refusal(run: RunConfig, choice: Choice, cluster: Cluster) -> str | None:
@@ -165,7 +169,7 @@ class _Judged:
     progress: Callable[[str], None]
     is_late: Callable[[], bool]
     traced: int = 0
-    untried: int = 0
+    untried: list[Choice] = field(default_factory=list)
     evaluations: list[Evaluation] = field(default_factory=list)
     failures: list[Failure] = field(default_factory=list)
     corrected: Corrected = field(default_factory=lambda: Corrected({}))
@@ -179,7 +183,7 @@ class _Judged:
         if any(RECOMPUTE.index(known.choice.recompute) >= level for known in misfits):
             return
         if self.traced >= self.most_traces or self.is_late():
-            self.untried += 1
+            self.untried.append(choice)
             return
         self.traced += 1
         self.progress(f"{self.traced}: {choice.name}")
@@ -198,7 +202,8 @@ def _without_recompute(choice: Choice) -> Choice:
     return dataclasses.replace(choice, recompute="none")
 
 
-def _result(considered: int, refused: list[Failure], judged: _Judged) -> SearchResult:
+def _result(considered: int, refused: list[Failure], judged: _Judged, cluster: Cluster) -> SearchResult:
+    estimates = [judged.corrected.estimate(choice) for choice in judged.untried]
     fitting = sorted((one for one in judged.evaluations if one.fits), key=lambda one: one.seconds)
     best = fitting[:BEST]
     # Those that were judged came nearest; then the simplest of what was refused.
@@ -211,8 +216,19 @@ def _result(considered: int, refused: list[Failure], judged: _Judged) -> SearchR
         refused=len(refused),
         traced=judged.traced,
         evaluations=tuple(judged.evaluations),
-        untried=judged.untried,
+        untried=len(judged.untried),
+        next=tuple(_nearest(estimates, fits=True, cluster=cluster)),
+        misfits=tuple(_nearest(estimates, fits=False, cluster=cluster)),
     )
+
+
+def _nearest(estimates: Sequence[Estimate], *, fits: bool, cluster: Cluster) -> list[Estimate]:
+    """The fastest by estimate, one of those that differ in recompute alone: nobody recomputes more than is needed."""
+    found: dict[Choice, Estimate] = {}
+    for one in sorted(estimates, key=lambda one: (one.seconds, one.needed)):
+        if one.fits(cluster) == fits:
+            found.setdefault(_without_recompute(one.choice), one)
+    return list(found.values())[:BEST]
 
 
 def _different(failures: Sequence[Failure]) -> list[Failure]:

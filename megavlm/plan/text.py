@@ -125,7 +125,9 @@ def _cells(memory: MemoryUse) -> list[str]:
 
 def _time(plan: StagePlan, evaluation: Evaluation) -> Iterator[str]:
     step = evaluation.step
-    yield f"a step takes {step.seconds:.3g} s:"
+    stages = len(evaluation.profiles)
+    of_stage = f"; of stage {step.busiest} of {stages}, the busiest" if stages > 1 else ""
+    yield f"a step takes {step.seconds:.3g} s{of_stage}:"
     yield from split_lines(step)
     yield (
         f"{evaluation.tokens_per_second:,.0f} tokens/s, {evaluation.images_per_second:,.0f} images/s, "

@@ -9,7 +9,7 @@ from plan_profiles import MadeModel, evaluated
 
 from megavlm.plan.choice import Choice
 from megavlm.plan.cluster import Cluster, parse_cluster
-from megavlm.plan.guess import Corrected, StepRows, guess
+from megavlm.plan.guess import Corrected, Guesser, StepRows
 from megavlm.plan.mix import mix_of
 from megavlm.recipes import recipe
 
@@ -23,20 +23,20 @@ def split(tensor: int, pipeline: int, chunks: int = 1) -> Choice:
 
 
 def seconds(choice: Choice, cluster: Cluster = FORTY) -> float:
-    return guess(FINETUNE, choice, cluster, StepRows.of(mix_of(FINETUNE, from_data=False))).seconds
+    return Guesser(FINETUNE, StepRows.of(mix_of(FINETUNE, from_data=False))).guess(choice, cluster).seconds
 
 
 def test_gradients_that_all_copies_share_are_not_free() -> None:
     # Traced: 0.87 s with 20 copies of the whole decoder, 0.53 s with one copy, 0.51 s with two.
     assert seconds(split(2, 1)) > 1.3 * seconds(split(4, 10)) > 1.3 * seconds(split(4, 5, 2))
-    frozen = guess(PRETRAIN, split(2, 1), FORTY, StepRows.full(PRETRAIN))
-    learning = guess(PRETRAIN.replace(trainable=FINETUNE.trainable), split(2, 1), FORTY, StepRows.full(PRETRAIN))
+    frozen = Guesser(PRETRAIN).guess(split(2, 1), FORTY)
+    learning = Guesser(PRETRAIN.replace(trainable=FINETUNE.trainable)).guess(split(2, 1), FORTY)
     assert learning.static > 2 * frozen.static and learning.seconds > frozen.seconds
 
 
 def test_interleaving_costs_a_shape_for_each_chunk_and_microbatch() -> None:
     slow = FORTY.replace(between=FORTY.between.replace(latency_us=5e3, small_latency_us=5e3))
-    assert seconds(split(4, 10), slow) < seconds(split(4, 10, 2), slow) < seconds(split(4, 10, 4), slow)
+    assert seconds(split(4, 10, 4), slow) > 1.3 * seconds(split(4, 10, 2), slow)
 
 
 def test_rows_are_those_that_the_copies_share() -> None:
@@ -50,7 +50,7 @@ def test_rows_are_those_that_the_copies_share() -> None:
 def test_what_was_judged_corrects_what_is_like_it_most() -> None:
     cluster = parse_cluster("1x8xA100-80GB")
     choices = [split(2, 1), split(2, 2), split(8, 1)]
-    guesses = {choice: guess(PRETRAIN, choice, cluster, StepRows.full(PRETRAIN)) for choice in choices}
+    guesses = {choice: Guesser(PRETRAIN).guess(choice, cluster) for choice in choices}
     corrected = Corrected(guesses)
     assert [corrected.estimate(one).seconds for one in choices] == [guesses[one].seconds for one in choices]
     model = MadeModel(layers=40, is_frozen=True)

@@ -8,10 +8,15 @@ import numpy as np
 import pytest
 from plan_profiles import MadeModel, evaluated, rate
 
+from megavlm.build.run_config import check_for_world
+from megavlm.options import parse_options
 from megavlm.plan.choice import Choice
 from megavlm.plan.cluster import Cluster, parse_cluster
 from megavlm.plan.evaluation import Evaluation
-from megavlm.plan.scale import counts, limits_named, scale
+from megavlm.plan.further import Promising
+from megavlm.plan.guess import Guesser
+from megavlm.plan.scale import Timed, counts, limits_named, scale
+from megavlm.plan.search import with_rows
 from megavlm.plan.step import drawn_rows
 from megavlm.recipes import recipe
 
@@ -70,27 +75,97 @@ def test_more_copies_than_rows_are_shown_with_what_limits_them() -> None:
     assert limits_named(points)[-1] == f"from 128 GPUs on: {points[4].limit}"
 
 
+class Cutting:
+    """Cuts the model further where there are more copies than rows, up to so many GPUs."""
+
+    def __init__(self, most: int = 4096, late: str | None = None) -> None:
+        self.most, self.late = most, late
+        self.asked: list[int] = []
+
+    def more(self, timed: Timed) -> Evaluation | None:
+        for gpus, known in timed.items():
+            if not known and gpus <= self.most:
+                self.asked.append(gpus)
+                choice = Choice(tensor=gpus // 64, sequence_parallel=True)
+                return evaluated(
+                    dataclasses.replace(SMALL, tensor_message=1e7), choice, CLUSTER.with_gpus(gpus), rows=64
+                )
+        return None
+
+    def unseen(self) -> str | None:
+        return self.late
+
+
 def test_where_there_are_more_copies_than_rows_the_model_is_cut_further() -> None:
-    asked: list[tuple[int, int]] = []
-
-    def further(cluster: Cluster, rows: int) -> Evaluation | None:
-        asked.append((cluster.gpus, rows))
-        if cluster.gpus > 512:
-            return None
-        return evaluated(SMALL, Choice(tensor=cluster.gpus // rows, sequence_parallel=True), cluster, rows)
-
-    points = scale(RUN, [evaluated(SMALL, Choice(), CLUSTER, rows=64)], rate, further=further)
-    assert asked == [(gpus, 64) for gpus in (128, 256, 512, 1024, 2048, 4096)]
+    cutting = Cutting(most=512)
+    points = scale(RUN, [evaluated(SMALL, Choice(), CLUSTER, rows=64)], rate, further=cutting)
+    assert cutting.asked == [128, 256, 512]
     used = {point.gpus: point.evaluation.choice.tensor for point in points if point.evaluation}
     assert used == {8: 1, 16: 1, 32: 1, 64: 1, 128: 2, 256: 4, 512: 8}
     assert points[-1].limit == "the recipe's batch (64 rows for 512 copies of the model)"
 
 
+def test_what_is_found_for_many_gpus_is_timed_on_few_as_well() -> None:
+    alone = evaluated(dataclasses.replace(SMALL, gradients=2e10), Choice(), CLUSTER, rows=64)
+    split = evaluated(SMALL, Choice(tensor=8, sequence_parallel=True), CLUSTER, rows=64)
+
+    class Late(Cutting):
+        def more(self, timed: Timed) -> Evaluation | None:
+            return None if any(len(known) > 1 for known in timed.values()) else split
+
+    (point,) = scale(RUN, [alone], rate, gpus=[16], further=Late())
+    assert point.evaluation is not None and point.evaluation.choice.tensor == 8
+    assert point.evaluation.seconds < alone.seconds
+
+
 def test_what_was_not_looked_at_is_not_called_the_batch() -> None:
     known = evaluated(SMALL, Choice(), CLUSTER, rows=16)
-    points = scale(RUN, [known], rate, gpus=[16, 32], further=lambda cluster, rows: "not looked at")
+    points = scale(RUN, [known], rate, gpus=[16, 32], further=Cutting(most=8, late="not looked at"))
     assert points[0].evaluation is not None
     assert (points[1].evaluation, points[1].limit) == (None, "not looked at")
+
+
+def promising(rows: int, judged: list[tuple[int, Choice]], is_late: bool = False) -> Promising:
+    def evaluate(choice: Choice, cluster: Cluster) -> Evaluation:
+        judged.append((cluster.gpus, choice))
+        even = MadeModel(layers=choice.pipeline * choice.chunks, layer_bytes=1 << 20, activation=1 << 20)
+        return evaluated(even, choice, cluster, rows=rows)
+
+    clusters = [CLUSTER.with_gpus(count) for count in (8, 16, 4096)]
+    return Promising(RUN, clusters, Guesser(RUN), evaluate, rows, lambda: is_late, "not looked at")
+
+
+def test_the_most_promising_layout_is_judged_next_wherever_it_is() -> None:
+    judged: list[tuple[int, Choice]] = []
+    finder = promising(64, judged)
+    known = evaluated(SMALL, Choice(), CLUSTER, rows=64)
+    found = finder.more({8: [known], 16: [known], 4096: []})
+    assert found is not None and judged == [(4096, found.choice)], "nothing was known there"
+    assert found.choice.data_parallel(4096) <= 64
+    again = finder.more({8: [known], 16: [known], 4096: [found]})
+    assert again is None or again.choice != found.choice
+    assert finder.unseen() is None
+    late = promising(64, judged, is_late=True)
+    assert late.more({8: [known], 16: [known], 4096: []}) is None and late.unseen() == "not looked at"
+
+
+def test_each_layout_of_the_scale_is_one_that_the_trainer_takes_there() -> None:
+    run = recipe("infimm-llama2-13b/finetune")
+    forty = parse_cluster("5x8xA100-80GB")
+    traced = [
+        with_rows(run, Choice(tensor=2, pipeline=pipeline, chunks=chunks, sequence_parallel=True), forty)
+        for pipeline, chunks in ((1, 1), (2, 1), (2, 2), (4, 2))
+    ]
+    known = [evaluated(SMALL, choice, forty, rows=40) for choice in traced if 40 % choice.model_parallel == 0]
+    points = scale(run, known, rate)
+    planned = [point for point in points if point.evaluation]
+    assert 40 in {point.gpus for point in planned} and len(planned) > 3
+    for point in planned:
+        assert point.evaluation is not None
+        typed = point.evaluation.choice.options(run)
+        check_for_world(parse_options(run, typed.split()), point.gpus)
+    at_forty = next(point for point in planned if point.gpus == 40)
+    assert at_forty.evaluation is not None and "rows by 40" in at_forty.evaluation.choice.name
 
 
 def test_rows_that_wait_take_less_where_there_are_fewer() -> None:
