@@ -18,17 +18,22 @@ from megavlm.plan.fp8 import fp8_products
 from megavlm.plan.mix import Mix
 from megavlm.plan.profile import StageProfile
 from megavlm.plan.seen import dealt
-from megavlm.plan.stage import profile_run
+from megavlm.plan.stage import Traces, profile_run
 from megavlm.plan.step import DrawnRows, Rate, StepTime, drawn_rows, step_time
 
 
 def judge(
-    run: RunConfig, cluster: Cluster, mix: Mix, efficiency: Efficiency, choice: Choice | None = None
+    run: RunConfig,
+    cluster: Cluster,
+    mix: Mix,
+    efficiency: Efficiency,
+    choice: Choice | None = None,
+    traces: Traces | None = None,
 ) -> Evaluation:
-    """The run as it is, on all GPUs of the cluster; refuses what the trainer would."""
+    """The run as it is, on all GPUs of the cluster; refuses what the trainer would. `traces`: of layouts before."""
     check_for_world(run, cluster.gpus)
     microbatches = microbatches_of(run, cluster, mix)
-    profiles = tuple(profile_run(run, cluster.gpus, microbatches, mix.traced))
+    profiles = tuple(profile_run(run, cluster.gpus, microbatches, mix.traced, traces))
     return Evaluation(
         choice=choice or choice_of(run),
         cluster=cluster,

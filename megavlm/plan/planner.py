@@ -20,6 +20,7 @@ from megavlm.plan.loading import Loading, loading_of, with_loading
 from megavlm.plan.mix import Mix, mix_of
 from megavlm.plan.scale import ScalePoint, counts, rows_of, scale
 from megavlm.plan.search import MOST_TRACES, SearchResult, search, with_rows
+from megavlm.plan.stage import Traces
 
 REMEDY = "use more tensor or pipeline parallelism, --recompute-granularity full, or shorter rows"
 
@@ -33,7 +34,7 @@ class Budget:
     """After which no layout is traced any more."""
 
 
-ALONE = Budget(MOST_TRACES, 48.0)
+ALONE = Budget(MOST_TRACES, 50.0)
 OF_SEVERAL = Budget(6, 25.0)
 """Of each stage where a whole model is planned: what it lacks, a plan of the stage by itself finds."""
 
@@ -115,6 +116,7 @@ class Planner:
     progress: Callable[[str], None] = lambda _: None
     _found: dict[tuple[str, ...], tuple[str, Choice]] = field(default_factory=dict)
     """What learns -> a stage and the layout that was found for it."""
+    _traces: Traces = field(default_factory=Traces)
 
     def given(self, name: str, run: RunConfig) -> StagePlan:
         """In the run's own layout."""
@@ -139,7 +141,8 @@ class Planner:
     def judged(self, run: RunConfig, choice: Choice | None = None) -> tuple[Evaluation, Mix]:
         """The run in its own layout, which `choice` asked for."""
         mix = mix_of(run, self.from_data)
-        return with_loading(run, judge(run, self.cluster, mix, self.efficiency, choice), mix, self.decoding), mix
+        found = judge(run, self.cluster, mix, self.efficiency, choice, self._traces)
+        return with_loading(run, found, mix, self.decoding), mix
 
     def _in_layout(
         self,
@@ -226,6 +229,7 @@ class Planner:
                     mix_in(choice.rows_multiple, choice.micro_batch),
                     self.efficiency,
                     choice,
+                    self._traces,
                 ),
                 rows_of(first),
                 clock.is_late,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, fields, replace
 
 from megavlm.build.model import with_layout
 from megavlm.build.run_config import RunConfig, WeightsConfig
@@ -23,11 +23,22 @@ Rows = Mapping[str, PlannedRow]
 """`mean` and `worst`; and `long`, the mean one with more words."""
 
 
-def profile_run(run: RunConfig, world_size: int, microbatches: int, rows: Rows) -> list[StageProfile]:
-    """Each pipeline stage of the run in a world of so many ranks, of so many microbatches a data-parallel rank."""
+@dataclass(frozen=True)
+class Traces:
+    """What was traced before, for runs that are alike in all that a trace depends on."""
+
+    chunks: dict[object, dict[str, ChunkTrace]] = field(default_factory=dict)
+    steps: dict[object, StepTrace] = field(default_factory=dict)
+
+
+def profile_run(
+    run: RunConfig, world_size: int, microbatches: int, rows: Rows, traces: Traces | None = None
+) -> list[StageProfile]:
+    """Each pipeline stage of the run in a world of so many ranks, of so many microbatches a data-parallel rank. Traces
+    of runs before are taken over where they say the same."""
     # FP8 changes no shape, and this machine need not have it.
     run = with_layout(run).replace(weights=WeightsConfig(), precision=run.precision.replace(fp8_format="none"))
-    steps, chunks = _trace_all(run, world_size, rows)
+    steps, chunks = _trace_all(run, world_size, rows, Traces() if traces is None else traces)
     return [_profile(run, stage, microbatches, rows, steps[stage], chunks) for stage in range(_stages(run))]
 
 
@@ -35,31 +46,50 @@ def _stages(run: RunConfig) -> int:
     return run.parallel.pipeline_model_parallel_size
 
 
-def _trace_all(run: RunConfig, world_size: int, rows: Rows) -> tuple[list[StepTrace], list[dict[str, ChunkTrace]]]:
+def _trace_all(
+    run: RunConfig, world_size: int, rows: Rows, traces: Traces
+) -> tuple[list[StepTrace], list[dict[str, ChunkTrace]]]:
     """The step of each stage, and each chunk of the model in order; those that are alike are traced once."""
-    virtual = run.parallel.virtual_pipeline_model_parallel_size
+    flat = run if run.parallel.virtual_pipeline_model_parallel_size == 1 else _as_stages(run)
+    flat_world = world_size * run.parallel.virtual_pipeline_model_parallel_size
     chunks: list[dict[str, ChunkTrace]] = []
-    steps: list[StepTrace] = []
-    alike: dict[object, dict[str, ChunkTrace]] = {}
-    alike_steps: dict[object, StepTrace] = {}
-    flat = run if virtual == 1 else _as_stages(run)
-    flat_world = world_size * virtual
     for number in range(run.parallel.chunks):
-        key = _signature(run, [number])
-        if key not in alike:
+        key, step = _chunk_key(flat, number, rows), _step_key(flat, flat_world, [number])
+        if key not in traces.chunks:
             with traced_rank(flat, flat_world, number) as rank:
-                alike[key] = _trace_rows(rank, rows, chunks[0] if chunks else {})
-                if virtual == 1:
-                    alike_steps[key] = trace_step(rank)
-        chunks.append(alike[key])
+                traces.chunks[key] = _trace_rows(rank, rows, chunks[0] if chunks else {})
+                if flat is run and step not in traces.steps:
+                    traces.steps[step] = trace_step(rank)
+        chunks.append(traces.chunks[key])
+    steps: list[StepTrace] = []
     for stage in range(_stages(run)):
-        key = _signature(run, [*range(stage, run.parallel.chunks, _stages(run))])
-        key = key if virtual > 1 else _signature(run, [stage])
-        if key not in alike_steps:
+        step = _step_key(run, world_size, range(stage, run.parallel.chunks, _stages(run)))
+        if step not in traces.steps:
             with traced_rank(run, world_size, stage) as rank:
-                alike_steps[key] = trace_step(rank)
-        steps.append(alike_steps[key])
+                traces.steps[step] = trace_step(rank)
+        steps.append(traces.steps[step])
     return steps, chunks
+
+
+def _chunk_key(flat: RunConfig, number: int, rows: Rows) -> object:
+    """Microbatches pass alike through chunks of this key, in however many stages and copies of the model."""
+    parallel = flat.parallel
+    encodes = (parallel.pipeline_model_parallel_size, number) if _encodes_ahead(flat) else ()
+    degrees = (parallel.tensor_model_parallel_size, parallel.sequence_parallel, encodes)
+    return _model_key(flat), repr(flat.recompute), degrees, _signature(flat, [number]), tuple(rows.items())
+
+
+def _step_key(run: RunConfig, world_size: int, chunks: Sequence[int]) -> object:
+    """Stages of this key update the same weights, over as many ranks."""
+    degrees = run.parallel.replace(pipeline_model_parallel_layout=None)
+    return _model_key(run), repr(degrees), world_size, _signature(run, chunks)
+
+
+def _model_key(run: RunConfig) -> object:
+    """Of all that a trace depends on beside layout, recompute and rows, which differ from candidate to candidate."""
+    others = {"parallel", "recompute", "data", "checkpoint", "log"}
+    settings = (one.name for one in fields(run) if one.name not in others)
+    return run.data is None, tuple((name, repr(getattr(run, name))) for name in settings)
 
 
 def _trace_rows(rank: Rank, rows: Rows, first: Mapping[str, ChunkTrace]) -> dict[str, ChunkTrace]:

@@ -26,7 +26,7 @@ from megavlm.plan.mix import _with_more_words, mix_of
 from megavlm.plan.profile import OpCost, StageProfile
 from megavlm.plan.rows import PlannedDocument, PlannedRow, batch_of
 from megavlm.plan.seen import prepared_steps
-from megavlm.plan.stage import profile_run
+from megavlm.plan.stage import Traces, profile_run
 from megavlm.plan.step import drawn_rows, step_time
 from megavlm.plan.trace import own_pictures, trace_microbatch, trace_step, traced_rank
 from megavlm.recipes import recipe
@@ -129,6 +129,35 @@ def test_the_tower_may_have_a_chunk_of_its_own() -> None:
     assert alone.parameters + behind.parameters == front.parameters + rest.parameters
     assert flops((*alone.mean.costs, *behind.mean.costs)) == flops((*front.mean.costs, *rest.mean.costs))
     assert 0 < alone.mean.activation_per_microbatch < front.mean.activation_per_microbatch
+
+
+def alone_and_with_traces_of_others() -> list[tuple[list[StageProfile], list[StageProfile], int]]:
+    run, row = infimm("finetune")
+    layers = run.decoder.num_layers
+    layouts: list[dict[str, Any]] = [
+        {"pipeline_model_parallel_size": layers},
+        {"pipeline_model_parallel_size": layers // 2, "virtual_pipeline_model_parallel_size": 2},
+        {"pipeline_model_parallel_size": layers, "vision_over": "all_stages"},
+        {"pipeline_model_parallel_size": layers, "tensor_model_parallel_size": 2, "sequence_parallel": True},
+    ]
+    traces, found = Traces(), []
+    for layout in layouts:
+        for granularity in ("none", "full"):
+            recompute = run.recompute.replace(granularity=granularity)
+            changed = run.replace(parallel=run.parallel.replace(**layout), recompute=recompute)
+            before = len(traces.chunks) + len(traces.steps)
+            shared = profile_run(changed, 4 * layers, 4, {"mean": row, "worst": row}, traces)
+            traced = len(traces.chunks) + len(traces.steps) - before
+            found.append((profile_run(changed, 4 * layers, 4, {"mean": row, "worst": row}), shared, traced))
+    return found
+
+
+def test_traces_of_another_layout_say_what_its_own_would() -> None:
+    (found,) = spawn(alone_and_with_traces_of_others, 1, timeout=600)
+    for alone, shared, _ in found:
+        assert shared == alone
+    traced = [number for _, _, number in found]
+    assert traced[1] < traced[0] and traced[2] < traced[0], "with full recompute the step is the same; half interleaved"
 
 
 def row_of(run: RunConfig, words: int, tiles: int) -> PlannedRow:
