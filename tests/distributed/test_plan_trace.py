@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from megavlm.build.run_config import ChatConfig, RunConfig
 from megavlm.data.step_plan import Planner, open_sources
 from megavlm.data.tokenizer import Tokenizer
 from megavlm.parallel import groups as process_groups
+from megavlm.parallel.imagined import imagined_world
 from megavlm.plan import trace as tracing
 from megavlm.plan.cluster import parse_cluster
 from megavlm.plan.cost import CALIBRATION, Calibration
@@ -158,6 +160,20 @@ def test_traces_of_another_layout_say_what_its_own_would() -> None:
         assert shared == alone
     traced = [number for _, _, number in found]
     assert traced[1] < traced[0] and traced[2] < traced[0], "with full recompute the step is the same; half interleaved"
+
+
+def hooks_before_and_behind() -> list[bool]:
+    run, _ = infimm("pretrain")
+    hook, found = sys.excepthook, []
+    for rank in range(2):
+        with traced_rank(run, 8, 0) if rank else imagined_world(1, 2):
+            pass
+        found.append(sys.excepthook is hook)
+    return found
+
+
+def test_errors_behind_a_trace_are_told_without_imagined_ranks() -> None:
+    assert spawn(hooks_before_and_behind, 1) == [[True, True]]
 
 
 def row_of(run: RunConfig, words: int, tiles: int) -> PlannedRow:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 from plan_profiles import MadeModel, evaluated, rate
 
 from megavlm import cli
 from megavlm.errors import ConfigError
 from megavlm.options import parse_options
-from megavlm.plan.choice import Choice
+from megavlm.plan.as_data import as_data
+from megavlm.plan.choice import RECOMPUTE, Choice
 from megavlm.plan.cluster import parse_cluster
 from megavlm.plan.cost import Decoding, Efficiency
 from megavlm.plan.evaluation import Evaluation
@@ -23,6 +26,7 @@ from megavlm.recipes import recipe
 
 RUN = recipe("infimm-llama2-13b/pretrain").override("parallel.tensor_model_parallel_size=4")
 CLUSTER = parse_cluster("1x8xA100-80GB")
+EFFICIENCY = Efficiency(matmul=0.7, attention=0.5, memory=0.9)
 DECODING = Decoding(pictures=20, tiles=200, source="made up")
 MODEL = MadeModel(layers=40, activation=3 << 30, tensor_message=1e8, message=4e7, gradients=4e9, is_frozen=True)
 
@@ -75,6 +79,39 @@ def test_a_search_that_was_cut_short_does_not_speak_for_what_it_left_out() -> No
     assert "none of those that were traced works" in search_report(some, RUN)
 
 
+def test_layouts_that_were_not_traced_are_told_as_estimates() -> None:
+    heavy = MadeModel(layers=40, activation=3 << 30, is_frozen=True)
+    choices = [
+        Choice(tensor=t, pipeline=p, sequence_parallel=t > 1, recompute=recompute)
+        for t in (1, 2, 4)
+        for p in (1, 2)
+        for recompute in RECOMPUTE
+    ]
+    some = search(RUN, CLUSTER, lambda choice: evaluated(heavy, choice, CLUSTER, 80), choices=choices, most_traces=2)
+    assert some.untried and some.next
+    assert all(one.fits(CLUSTER) for one in some.next) and not any(one.fits(CLUSTER) for one in some.misfits)
+    for estimates in (some.next, some.misfits):
+        assert [one.seconds for one in estimates] == sorted(one.seconds for one in estimates)
+        layouts = [dataclasses.replace(one.choice, recompute="none") for one in estimates]
+        assert len(set(layouts)) == len(layouts), "the one that recomputes least stands for the others"
+    said = search_report(some, RUN)
+    behind = said[said.index("the next by estimate, not traced:") :]
+    assert all(one.choice.name in behind for one in (*some.next, *some.misfits))
+    assert ("does not fit, by estimate, not traced" in said) == bool(some.misfits)
+
+
+def test_a_step_is_split_as_its_busiest_stage_spends_it() -> None:
+    mix = mix_of(RUN, from_data=False)
+    for choice, expected in ((Choice(pipeline=2), "s; of stage 1 of 2, the busiest:"), (Choice(), "s:")):
+        one = evaluated(dataclasses.replace(MODEL, head_flops=9e12), choice, CLUSTER, 80)
+        plan = StagePlan(name="x", asked=RUN, run=RUN, evaluation=one, mix=mix)
+        said = stage_report(plan, EFFICIENCY, DECODING)
+        (line,) = [line for line in said.splitlines() if line.startswith("a step takes")]
+        assert line.endswith(expected)
+        (stage,) = as_data("x", [plan], CLUSTER, EFFICIENCY, DECODING)["stages"]
+        assert stage["busiest_stage"] == choice.pipeline - 1
+
+
 def test_scaling_has_a_line_for_each_size_and_names_limits() -> None:
     known: Evaluation = evaluated(MODEL, Choice(tensor=2, sequence_parallel=True), CLUSTER, 80)
     points = scale(RUN, [known], rate)
@@ -97,7 +134,7 @@ def test_a_plan_gives_days_beside_hours_for_the_floor_too_and_what_was_not_publi
     run = recipe("decoder-tiny")
     one = evaluated(MODEL, Choice(tensor=8, sequence_parallel=True), CLUSTER, 80)
     plan = StagePlan(name="a/b", asked=run, run=run, evaluation=one, mix=mix_of(run, False), notes=("nobody said.",))
-    said = stage_report(plan, Efficiency(matmul=0.7, attention=0.5, memory=0.9), DECODING)
+    said = stage_report(plan, EFFICIENCY, DECODING)
     hours, floor = plan.hours, plan.hours * one.mfu
     assert f": {hours:,.1f} hours ({hours / 24:,.1f} days), " in said and "\nnobody said.\n" in said
     assert f"at 100 % of the peak {floor:,.1f} hours ({floor / 24:,.1f} days)" in said
