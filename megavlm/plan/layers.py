@@ -25,6 +25,16 @@ class Chosen:
     unit: int
     """Layers of a unit."""
 
+    @property
+    def starts(self) -> tuple[int, ...]:
+        """The first layer of each traced unit."""
+        return tuple(sorted({self.unit_of(layer) for layer in self.layers}))
+
+    def standing_for(self, other: Chosen) -> Chosen:
+        """These layers, standing for as many as another chunk's, which are of the same kinds in the same order."""
+        pairs = zip(self.starts, other.starts, strict=True)
+        return Chosen(self.layers, {own: other.times[its] for own, its in pairs if its in other.times}, self.unit)
+
     def unit_of(self, layer: int) -> int:
         """The first layer of the unit that a layer belongs to; BEFORE and BEHIND stay what they are."""
         return layer if layer in (BEFORE, BEHIND) else layer // self.unit * self.unit
@@ -36,10 +46,15 @@ class Chosen:
 
 def choose(layers: Sequence[nn.Module], unit: int | None) -> Chosen:
     """Of a chunk's layers; `unit` is how many are recomputed at once, None: no layer stands for another."""
-    if unit is None or len(layers) % unit:
-        return Chosen(tuple(range(len(layers))), {}, 1)
-    starts = range(0, len(layers), unit)
-    kinds = [tuple(_kind(layers[number]) for number in range(start, start + unit)) for start in starts]
+    return choose_of_kinds([_kind(layer) for layer in layers], unit)
+
+
+def choose_of_kinds(of_layers: Sequence[Hashable], unit: int | None) -> Chosen:
+    """The same, where the kind of each layer is known."""
+    if unit is None or len(of_layers) % unit:
+        return Chosen(tuple(range(len(of_layers))), {}, 1)
+    starts = range(0, len(of_layers), unit)
+    kinds = [tuple(of_layers[start : start + unit]) for start in starts]
     first_of: dict[Hashable, int] = {}
     times: dict[int, int] = {}
     for place in range(1, len(kinds) - 1):

@@ -2,17 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 
 from megavlm.build.model import with_layout
 from megavlm.build.run_config import RunConfig, WeightsConfig
 from megavlm.parallel.layout import layers_of_chunks
 from megavlm.plan.in_flight import peak_bytes
+from megavlm.plan.layers import Chosen, choose_of_kinds
 from megavlm.plan.pipeline_program import Shape, in_flight
 from megavlm.plan.profile import MemoryUse, OpCost, RowProfile, StageProfile
 from megavlm.plan.rows import PlannedRow
-from megavlm.plan.trace import ChunkTrace, Rank, StepTrace, trace_microbatch, trace_step, traced_rank
+from megavlm.plan.trace import (
+    ChunkTrace,
+    FollowedRow,
+    Rank,
+    StepTrace,
+    follow_microbatch,
+    trace_step,
+    traced_rank,
+    unit_of,
+)
 
 CONTEXT = 600 << 20
 """Bytes that CUDA and its libraries take on each GPU before anything is allocated: assumed."""
@@ -27,7 +37,7 @@ Rows = Mapping[str, PlannedRow]
 class Traces:
     """What was traced before, for runs that are alike in all that a trace depends on."""
 
-    chunks: dict[object, dict[str, ChunkTrace]] = field(default_factory=dict)
+    chunks: dict[object, dict[str, FollowedRow]] = field(default_factory=dict)
     steps: dict[object, StepTrace] = field(default_factory=dict)
 
 
@@ -54,13 +64,14 @@ def _trace_all(
     flat_world = world_size * run.parallel.virtual_pipeline_model_parallel_size
     chunks: list[dict[str, ChunkTrace]] = []
     for number in range(run.parallel.chunks):
-        key, step = _chunk_key(flat, number, rows), _step_key(flat, flat_world, [number])
+        chosen = _chosen(flat, number)
+        key, step = _chunk_key(flat, number, chosen, rows), _step_key(flat, flat_world, [number])
         if key not in traces.chunks:
             with traced_rank(flat, flat_world, number) as rank:
                 traces.chunks[key] = _trace_rows(rank, rows, chunks[0] if chunks else {})
                 if flat is run and step not in traces.steps:
                     traces.steps[step] = trace_step(rank)
-        chunks.append(traces.chunks[key])
+        chunks.append({name: followed.of(chosen) for name, followed in traces.chunks[key].items()})
     steps: list[StepTrace] = []
     for stage in range(_stages(run)):
         step = _step_key(run, world_size, range(stage, run.parallel.chunks, _stages(run)))
@@ -71,12 +82,32 @@ def _trace_all(
     return steps, chunks
 
 
-def _chunk_key(flat: RunConfig, number: int, rows: Rows) -> object:
-    """Microbatches pass alike through chunks of this key, in however many stages and copies of the model."""
+def _kinds(run: RunConfig, number: int) -> list[Hashable]:
+    """Of a chunk's layers: whether a gated block stands before each, which is all they differ in."""
+    counts = layers_of_chunks(run.parallel, run.decoder.num_layers)
+    first = sum(counts[:number]) + 1
+    parts = run.infimm
+    return [
+        parts is not None and parts.cross_attention.stands_before(layer)
+        for layer in range(first, first + counts[number])
+    ]
+
+
+def _chosen(run: RunConfig, number: int) -> Chosen:
+    """The layers of a chunk that a trace would run."""
+    return choose_of_kinds(_kinds(run, number), unit_of(run))
+
+
+def _chunk_key(flat: RunConfig, number: int, chosen: Chosen, rows: Rows) -> object:
+    """Microbatches do the same in the traced layers of chunks of this key, in however many stages and copies of the
+    model."""
     parallel = flat.parallel
     encodes = (parallel.pipeline_model_parallel_size, number) if _encodes_ahead(flat) else ()
     degrees = (parallel.tensor_model_parallel_size, parallel.sequence_parallel, encodes)
-    return _model_key(flat), repr(flat.recompute), degrees, _signature(flat, [number]), tuple(rows.items())
+    ends = number == 0, number == flat.parallel.chunks - 1
+    kinds = _kinds(flat, number)
+    traced = tuple(kinds[layer] for layer in chosen.layers)
+    return _model_key(flat), repr(flat.recompute), degrees, ends, chosen.unit, traced, tuple(rows.items())
 
 
 def _step_key(run: RunConfig, world_size: int, chunks: Sequence[int]) -> object:
@@ -92,12 +123,12 @@ def _model_key(run: RunConfig) -> object:
     return run.data is None, tuple((name, repr(getattr(run, name))) for name in settings)
 
 
-def _trace_rows(rank: Rank, rows: Rows, first: Mapping[str, ChunkTrace]) -> dict[str, ChunkTrace]:
+def _trace_rows(rank: Rank, rows: Rows, first: Mapping[str, ChunkTrace]) -> dict[str, FollowedRow]:
     """Each row through the rank's chunk, equal ones once; `first` is what the model's first chunk did."""
-    of_row: dict[PlannedRow, ChunkTrace] = {}
+    of_row: dict[PlannedRow, FollowedRow] = {}
     for name, row in rows.items():
         if row not in of_row:
-            of_row[row] = trace_microbatch(rank, row, first[name].sent if first else None)
+            of_row[row] = follow_microbatch(rank, row, first[name].sent if first else None)
     return {name: of_row[row] for name, row in rows.items()}
 
 

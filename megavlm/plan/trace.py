@@ -10,9 +10,9 @@ import contextlib
 import math
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -30,7 +30,7 @@ from megavlm.parallel.wrap import gather_parameters, make_optimizer, wrap_data_p
 from megavlm.plan.follow import Follower, Label, Tally, storage_bytes
 from megavlm.plan.in_flight import ChunkMemory
 from megavlm.plan.layers import Chosen, choose
-from megavlm.plan.places import BEFORE, BEHIND, Places
+from megavlm.plan.places import BEFORE, BEHIND, Place, Places
 from megavlm.plan.profile import GroupName, OpCost
 from megavlm.plan.rows import PlannedRow, batch_of
 from megavlm.plan.static import StaticBytes, static_bytes
@@ -162,10 +162,44 @@ def _communicators(groups: Groups) -> int:
     return sum(size > 1 for size in sizes)
 
 
+class _Counted(NamedTuple):
+    """Of the layers that were traced."""
+
+    tallies: dict[Label, Tally]
+    peaks: dict[Place, int]
+    held: int
+    live_at: dict[int, int]
+    """Layer -> what lived as it began."""
+
+
+@dataclass(frozen=True)
+class FollowedRow:
+    """A row through a chunk as it was followed, in layers that stand for others."""
+
+    chosen: Chosen
+    counted: _Counted
+    rest: ChunkTrace
+    """What does not depend on the number of layers; memory and costs as of this chunk."""
+
+    def of(self, chosen: Chosen) -> ChunkTrace:
+        """What a chunk does whose layers are of the same kinds, more or fewer of each."""
+        standing = self.chosen.standing_for(chosen)
+        return replace(
+            self.rest,
+            memory=_memory(self.counted, standing),
+            costs=_costs(self.counted, standing),
+        )
+
+
 def trace_microbatch(rank: Rank, row: PlannedRow, received: Sequence[int] | None) -> ChunkTrace:
     """A row through the rank's one chunk, forward and backward."""
+    return follow_microbatch(rank, row, received).rest
+
+
+def follow_microbatch(rank: Rank, row: PlannedRow, received: Sequence[int] | None) -> FollowedRow:
+    """The same, to be told of other chunks as well."""
     chunk, (wrapped,) = rank.model.chunks[0], rank.wrapped
-    chosen = choose(list(chunk.decoder.layers), _unit(rank.run))
+    chosen = choose(list(chunk.decoder.layers), unit_of(rank.run))
     with rank.follower():
         batch = batch_of(rank.run, row, own_pictures(rank.model))
     follower = rank.follower()
@@ -174,14 +208,20 @@ def trace_microbatch(rank: Rank, row: PlannedRow, received: Sequence[int] | None
         shape = received or watched.shape
         with tensors_of_shape(shape), follower:
             run_schedule([wrapped], [batch], summed_losses([batch], None), inputs=rank.model.inputs)
-    return ChunkTrace(
-        memory=_memory(follower, watched, chosen),
-        costs=tuple(cost for cost in _summed(follower.tallies, chosen) if cost.group != "dp"),
+    counted = _Counted(dict(follower.tallies), dict(follower.peaks), follower.held, watched.live_at)
+    trace = ChunkTrace(
+        memory=_memory(counted, chosen),
+        costs=_costs(counted, chosen),
         batch_bytes=storage_bytes(tensors_of(batch)),
         sent=None if chunk.post_process else tuple(watched.shape),
         message_bytes=math.prod(shape) * rank.run.precision.dtype.itemsize,
         own_tiles=_own_tiles(batch.media),
     )
+    return FollowedRow(chosen, counted, trace)
+
+
+def _costs(counted: _Counted, chosen: Chosen) -> tuple[OpCost, ...]:
+    return tuple(cost for cost in _summed(counted.tallies, chosen) if cost.group != "dp")
 
 
 def _own_tiles(media: Media | None) -> int:
@@ -209,7 +249,7 @@ def tensors_of(batch: TextBatch) -> list[Tensor]:
     return [tensor for tensor in found if tensor is not None]
 
 
-def _unit(run: RunConfig) -> int | None:
+def unit_of(run: RunConfig) -> int | None:
     """How many layers are recomputed at once; None: some layers are and others are not."""
     if run.recompute.granularity != "full":
         return 1
@@ -256,18 +296,18 @@ class _Watched:
         self.follower.wait_for_backward()
 
 
-def _memory(follower: Follower, watched: _Watched, chosen: Chosen) -> ChunkMemory:
-    starts = sorted({chosen.unit_of(layer) for layer in chosen.layers})
+def _memory(counted: _Counted, chosen: Chosen) -> ChunkMemory:
+    starts = chosen.starts
     # A chunk that holds the tower alone has no layers.
-    held = {start: watched.live_at[behind] - watched.live_at[start] for start, behind in pairwise([*starts, BEHIND])}
+    held = {start: counted.live_at[behind] - counted.live_at[start] for start, behind in pairwise([*starts, BEHIND])}
     extra = sum((chosen.times_of(start) - 1) * held[start] for start in starts)
     first = (BEFORE, starts[0] if starts else BEFORE)
     peaks: dict[bool, int] = defaultdict(int)
-    for place, peak in follower.peaks.items():
+    for place, peak in counted.peaks.items():
         # The layers that are not traced are thought to stand right behind the first.
         above = 0 if chosen.unit_of(place.layer) in first else extra
         peaks[place.phase == "forward"] = max(peaks[place.phase == "forward"], peak + above)
-    return ChunkMemory(follower.held + extra, peaks[True], peaks[False])
+    return ChunkMemory(counted.held + extra, peaks[True], peaks[False])
 
 
 def _summed(tallies: dict[Label, Tally], chosen: Chosen) -> tuple[OpCost, ...]:

@@ -91,10 +91,10 @@ def with_and_without_representatives(recompute: dict[str, Any]) -> list[Any]:
     found = []
     for all_layers in (False, True):
         with traced_rank(run, 1, 0) as rank:
-            unit = tracing._unit
-            tracing._unit = (lambda run: None) if all_layers else unit
+            unit = tracing.unit_of
+            tracing.unit_of = (lambda run: None) if all_layers else unit
             traced = trace_microbatch(rank, row, None)
-            tracing._unit = unit
+            tracing.unit_of = unit
         costs = {(c.part, c.kind, c.phase): (c.flops, c.bytes, c.count) for c in traced.costs}
         found.append((tuple(traced.memory), costs))
     return found
@@ -135,22 +135,23 @@ def test_the_tower_may_have_a_chunk_of_its_own() -> None:
 
 def alone_and_with_traces_of_others() -> list[tuple[list[StageProfile], list[StageProfile], int]]:
     run, row = infimm("finetune")
-    layers = run.decoder.num_layers
+    run = run.with_changes([("decoder.num_layers", 16)])
     layouts: list[dict[str, Any]] = [
-        {"pipeline_model_parallel_size": layers},
-        {"pipeline_model_parallel_size": layers // 2, "virtual_pipeline_model_parallel_size": 2},
-        {"pipeline_model_parallel_size": layers, "vision_over": "all_stages"},
-        {"pipeline_model_parallel_size": layers, "tensor_model_parallel_size": 2, "sequence_parallel": True},
+        {"pipeline_model_parallel_size": 2},
+        {"pipeline_model_parallel_size": 4},
+        {"pipeline_model_parallel_size": 2, "virtual_pipeline_model_parallel_size": 2},
+        {"pipeline_model_parallel_size": 4, "vision_over": "all_stages"},
+        {"pipeline_model_parallel_size": 2, "tensor_model_parallel_size": 2, "sequence_parallel": True},
     ]
     traces, found = Traces(), []
     for layout in layouts:
         for granularity in ("none", "full"):
             recompute = run.recompute.replace(granularity=granularity)
             changed = run.replace(parallel=run.parallel.replace(**layout), recompute=recompute)
-            before = len(traces.chunks) + len(traces.steps)
-            shared = profile_run(changed, 4 * layers, 4, {"mean": row, "worst": row}, traces)
-            traced = len(traces.chunks) + len(traces.steps) - before
-            found.append((profile_run(changed, 4 * layers, 4, {"mean": row, "worst": row}), shared, traced))
+            before = len(traces.chunks)
+            shared = profile_run(changed, 16, 4, {"mean": row, "worst": row}, traces)
+            traced = len(traces.chunks) - before
+            found.append((profile_run(changed, 16, 4, {"mean": row, "worst": row}), shared, traced))
     return found
 
 
@@ -159,7 +160,9 @@ def test_traces_of_another_layout_say_what_its_own_would() -> None:
     for alone, shared, _ in found:
         assert shared == alone
     traced = [number for _, _, number in found]
-    assert traced[1] < traced[0] and traced[2] < traced[0], "with full recompute the step is the same; half interleaved"
+    assert traced[:2] == [2, 2], "first and last, without and with recompute"
+    assert traced[2:6] == [1, 1, 0, 0], "what stands between, of fewer layers; interleaved nothing is new"
+    assert all(number > 0 for number in traced[6:]), "towers elsewhere, tensor parallelism"
 
 
 def hooks_before_and_behind() -> list[bool]:
