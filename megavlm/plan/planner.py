@@ -242,14 +242,15 @@ class Planner:
 
 
 class Clock:
-    """Whether another trace would end too late, if it takes as long as the longest so far; asked before each."""
+    """Whether another trace would end too late, if it takes as long as those before; asked ahead of each."""
 
     def __init__(self, seconds: float) -> None:
-        self.began = self.asked = time.monotonic()
-        self.seconds, self.longest = seconds, 0.0
+        self.began, self.seconds, self.asked = time.monotonic(), seconds, 0
 
     def is_late(self) -> bool:
-        """To be asked before each trace."""
-        now = time.monotonic()
-        self.longest, self.asked = max(self.longest, now - self.asked), now
-        return now + self.longest > self.began + self.seconds
+        """To be asked ahead of each trace."""
+        passed = time.monotonic() - self.began
+        of_one = passed / self.asked if self.asked else 0.0
+        is_late = passed + of_one > self.seconds
+        self.asked += not is_late
+        return is_late

@@ -50,6 +50,8 @@ def search_report(found: SearchResult, run: RunConfig) -> str:
             lines += wrapped(f"{failure.choice.name}: {failure.reason}", "  ")
     if found.misfits:
         lines += ["", "what would be fast but does not fit, by estimate, not traced:", *_estimated(found.misfits)]
+    if found.best and not (found.failures or found.misfits):
+        lines += ["", "all others fit as well, by estimate"] if found.untried else []
     if found.row_tokens is not None:
         lines += ["", *wrapped(kept_rows(found.row_tokens), "")]
     return "\n".join(lines)

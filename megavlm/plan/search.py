@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
@@ -25,6 +26,8 @@ Evaluate = Callable[[Choice], Evaluation]
 BEST = 5
 """Layouts that are printed, and failures."""
 MOST_TRACES = 16
+NO_DIFFERENCE = 0.03
+"""Between the logarithms of two estimates."""
 MOST_CHUNKS = (1, 2, 4)
 MICRO_BATCHES = (1, 2, 4, 8)
 
@@ -156,8 +159,11 @@ def refusal(run: RunConfig, choice: Choice, cluster: Cluster) -> str | None:
     return None
 
 
-def _order(estimate: Estimate, cluster: Cluster) -> tuple[bool, float, float]:
-    return not estimate.fits(cluster), estimate.seconds, estimate.needed
+def _order(estimate: Estimate, cluster: Cluster) -> tuple[bool, int, int, float, float]:
+    """Fitting ones first, then fast ones; of about equal ones those with few chunks, whose traces take less time."""
+    about = round(math.log(estimate.seconds) / NO_DIFFERENCE)
+    chunks = estimate.choice.pipeline * estimate.choice.chunks
+    return not estimate.fits(cluster), about, chunks, estimate.seconds, estimate.needed
 
 
 @dataclass

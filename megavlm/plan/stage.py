@@ -102,8 +102,8 @@ def _chunk_key(flat: RunConfig, number: int, chosen: Chosen, rows: Rows) -> obje
     """Microbatches do the same in the traced layers of chunks of this key, in however many stages and copies of the
     model."""
     parallel = flat.parallel
-    encodes = (parallel.pipeline_model_parallel_size, number) if _encodes_ahead(flat) else ()
-    degrees = (parallel.tensor_model_parallel_size, parallel.sequence_parallel, encodes)
+    dealt_over = parallel.pipeline_model_parallel_size if _encodes_ahead(flat) else None
+    degrees = (parallel.tensor_model_parallel_size, parallel.sequence_parallel, dealt_over)
     ends = number == 0, number == flat.parallel.chunks - 1
     kinds = _kinds(flat, number)
     traced = tuple(kinds[layer] for layer in chosen.layers)

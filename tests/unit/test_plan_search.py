@@ -67,6 +67,31 @@ def test_the_best_is_the_fastest_of_all_that_fit() -> None:
     assert quick.best[0].evaluation.seconds <= 1.1 * fitting[0]
 
 
+def test_of_layouts_that_are_about_equal_the_simple_one_is_traced_first() -> None:
+    judge = Judge(MadeModel(layers=40, is_frozen=True))
+    search(INFIMM, EIGHT, judge, choices=even(list(candidates(INFIMM, EIGHT))), most_traces=3)
+    assert judge.asked[0].pipeline * judge.asked[0].chunks == 1
+
+
+def test_what_is_traced_next_follows_from_what_was_judged() -> None:
+    """Where tensor-parallel messages turn out slow, the search does not stay with them."""
+    choices = [
+        Choice(tensor=tensor, pipeline=pipeline, sequence_parallel=tensor > 1)
+        for tensor in (2, 4, 8)
+        for pipeline in (1, 2, 4)
+        if tensor * pipeline <= 8
+    ]
+    slow = MadeModel(layers=40, is_frozen=True, tensor_message=4e9, activation=1 << 20)
+    free = MadeModel(layers=40, is_frozen=True, activation=1 << 20)
+
+    def asked(model: MadeModel) -> list[Choice]:
+        judge = Judge(model)
+        search(INFIMM, EIGHT, judge, choices=choices)
+        return judge.asked
+
+    assert asked(slow)[0] == asked(free)[0] and asked(slow) != asked(free)
+
+
 def test_recompute_is_asked_for_only_where_it_is_needed() -> None:
     def asked_of(model: MadeModel) -> tuple[list[Choice], list[Choice]]:
         judge = Judge(model)
