@@ -11,7 +11,7 @@ from megavlm.plan.choice import Choice
 from megavlm.plan.cluster import Cluster
 from megavlm.plan.evaluation import Evaluation
 from megavlm.plan.guess import Corrected, Estimate, Guesser
-from megavlm.plan.scale import Timed, rows_at_once
+from megavlm.plan.scale import Timed, rows_suffice
 from megavlm.plan.search import candidates, refusal
 
 WORTH = 0.05
@@ -80,7 +80,7 @@ class Promising:
     def _guessed(self, cluster: Cluster) -> Iterator[tuple[Choice, Choice]]:
         """Layouts in which each copy of the model gets a row, and stages that take turns as many as they are."""
         for choice in candidates(self.run, cluster):
-            if rows_at_once(choice, cluster) <= self.rows:
+            if rows_suffice(self.run, choice, cluster, self.rows):
                 yield _alike(choice), choice
 
 

@@ -108,6 +108,13 @@ def rows_at_once(choice: Choice, cluster: Cluster) -> int:
     return choice.data_parallel(cluster.gpus) * (choice.pipeline if choice.chunks > 1 else 1)
 
 
+def rows_suffice(run: RunConfig, choice: Choice, cluster: Cluster, rows: int) -> bool:
+    """Whether each copy of the model gets a row, of about as many as there are. Interleaved stages that take turns may
+    have twice as many, half as full, where there are samples for them."""
+    in_turns = max(rows, min(2 * rows, run.samples_per_step))
+    return choice.data_parallel(cluster.gpus) <= rows and rows_at_once(choice, cluster) <= in_turns
+
+
 @dataclass
 class _Table:
     """What is known of one number of GPUs."""
@@ -175,10 +182,9 @@ class _Timer(NamedTuple):
         """A judged layout on another number of GPUs; why the trainer would not take it there."""
         if cluster.gpus % known.choice.model_parallel:
             return f"{cluster.gpus} GPUs do not divide into copies of {known.choice.model_parallel}"
-        at_once = rows_at_once(known.choice, cluster)
-        if at_once > self.most:
+        if not rows_suffice(self.run, known.choice, cluster, self.most):
             copies = _copies(known, cluster.gpus)
-            turns = f" of {known.choice.pipeline} stages in turns" if at_once > copies else ""
+            turns = f" of {known.choice.pipeline} stages in turns" if copies <= self.most else ""
             return f"{BATCH} ({self.most:,} rows for {copies:,} copies of the model{turns})"
         choice = with_rows(self.run, replace(known.choice, rows_multiple=None), cluster)
         return refusal(self.run, choice, cluster) or self._timed(known, choice, cluster)

@@ -96,7 +96,10 @@ def candidates(run: RunConfig, cluster: Cluster) -> Iterator[Choice]:
                 towers_everywhere=everywhere,
                 micro_batch=batch,
             )
-            yield with_rows(run, choice, cluster)
+            choice = with_rows(run, choice, cluster)
+            # Stages that take turns on rows of which some stay empty lose what the turns gain.
+            if chunks == 1 or (choice.rows_multiple or 0) <= run.samples_per_step:
+                yield choice
 
 
 def with_rows(run: RunConfig, choice: Choice, cluster: Cluster) -> Choice:

@@ -15,7 +15,7 @@ from megavlm.plan.cluster import Cluster, parse_cluster
 from megavlm.plan.evaluation import Evaluation
 from megavlm.plan.further import Promising
 from megavlm.plan.guess import Guesser
-from megavlm.plan.scale import Timed, counts, limits_named, scale
+from megavlm.plan.scale import Timed, counts, limits_named, rows_suffice, scale
 from megavlm.plan.search import with_rows
 from megavlm.plan.step import drawn_rows
 from megavlm.recipes import recipe
@@ -94,6 +94,16 @@ class Cutting:
 
     def unseen(self) -> str | None:
         return self.late
+
+
+def test_stages_that_take_turns_may_have_emptier_rows_while_there_are_samples() -> None:
+    interleaved = Choice(tensor=8, pipeline=16, chunks=2, sequence_parallel=True)
+    finetune = recipe("infimm-llama2-13b/finetune")
+    assert finetune.samples_per_step == 64
+    for gpus, rows, suffice in ((256, 40, True), (512, 40, True), (1024, 40, False), (512, 20, False)):
+        assert rows_suffice(finetune, interleaved, CLUSTER.with_gpus(gpus), rows) == suffice
+    alone = Choice(tensor=8, sequence_parallel=True)
+    assert not rows_suffice(finetune, alone, CLUSTER.with_gpus(512), 40), "each copy of the model needs a row"
 
 
 def test_where_there_are_more_copies_than_rows_the_model_is_cut_further() -> None:

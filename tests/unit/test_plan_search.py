@@ -140,6 +140,14 @@ def test_candidates_stay_within_a_node_and_divide_the_gpus() -> None:
     assert not any(choice.towers_everywhere for choice in candidates(trained, FORTY))
 
 
+def test_interleaved_stages_do_not_take_turns_on_empty_rows() -> None:
+    run = recipe("infimm-llama2-13b/finetune")
+    choices = list(candidates(run, parse_cluster("16x8xA100-80GB")))
+    assert any(choice.chunks > 1 for choice in choices)
+    assert all((choice.rows_multiple or 0) <= run.samples_per_step for choice in choices if choice.chunks > 1)
+    assert any((choice.rows_multiple or 0) > run.samples_per_step for choice in choices), "each copy may have one"
+
+
 @pytest.mark.parametrize("name", ["infimm-llama2-13b/pretrain", "aquila-vl-2b/2a", "decoder-tiny"])
 def test_options_ask_the_trainer_for_the_same_run(name: str) -> None:
     run = recipe(name)
