@@ -210,15 +210,15 @@ class Planner:
         def mix_in(rows_multiple: int | None, micro_batch: int | None) -> Mix:
             return mix_of(Choice(rows_multiple=rows_multiple, micro_batch=micro_batch).apply(run), self.from_data)
 
-        def rows(choice: Choice) -> float:
-            return mix_in(choice.rows_multiple, choice.micro_batch).rows
+        def mix_of_choice(choice: Choice) -> Mix:
+            return mix_in(choice.rows_multiple, choice.micro_batch)
 
         points = scale(
             run,
             known or [plan.evaluation],
             rate_of(run, self.cluster, self.efficiency),
-            rows=rows,
-            drawn=lambda microbatches, copies: drawn_of(mix, microbatches, copies),
+            rows=lambda choice: mix_of_choice(choice).rows,
+            drawn=lambda traced, microbatches, copies: drawn_of(mix_of_choice(traced), microbatches, copies),
             further=Promising(
                 run,
                 [self.cluster.with_gpus(count) for count in counts(self.cluster)],
@@ -226,7 +226,7 @@ class Planner:
                 lambda choice, cluster: judge(
                     choice.apply(run),
                     cluster,
-                    mix_in(choice.rows_multiple, choice.micro_batch),
+                    mix_of_choice(choice),
                     self.efficiency,
                     choice,
                     self._traces,

@@ -25,8 +25,8 @@ FEWEST, MOST = 8, 4096
 WORTH_NAMING = 0.05
 """Share of the step from which on something is said to limit it."""
 BATCH = "the recipe's batch"
-Drawn = Callable[[int, int], DrawnRows | None]
-"""(microbatches, replicas) -> tokens and images of each."""
+Drawn = Callable[[Choice, int, int], DrawnRows | None]
+"""(layout as it was traced, microbatches, replicas) -> tokens and images of each, of rows as full as they were there."""
 Rows = Callable[[Choice], float]
 """Of a step in a layout."""
 Timed = Mapping[int, Sequence[Evaluation]]
@@ -77,7 +77,7 @@ def scale(
     rate: Rate,
     *,
     rows: Rows | None = None,
-    drawn: Drawn = lambda microbatches, replicas: None,
+    drawn: Drawn = lambda traced, microbatches, replicas: None,
     gpus: Sequence[int] | None = None,
     further: Further | None = None,
     finished: Finished = lambda one: one,
@@ -204,7 +204,7 @@ class _Timer(NamedTuple):
             microbatches,
             self.rate,
             data_parallel=run.data_parallel,
-            rows=self.drawn(microbatches, copies),
+            rows=self.drawn(known.choice, microbatches, copies),
         )
         return replace(known, choice=choice, cluster=cluster, profiles=profiles, step=step, microbatches=microbatches)
 

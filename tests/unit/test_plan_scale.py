@@ -62,7 +62,7 @@ def test_limits_are_named() -> None:
         RUN,
         [evaluated(uneven, Choice(), CLUSTER, rows=1024)],
         rate,
-        drawn=lambda microbatches, replicas: drawn_rows([*8 * [(1000, 0)], (1000, 9)], microbatches, replicas),
+        drawn=lambda traced, microbatches, replicas: drawn_rows([*8 * [(1000, 0)], (1000, 9)], microbatches, replicas),
     )
     assert drawn[5].limit.startswith("replicas with longer rows or more images")
 
