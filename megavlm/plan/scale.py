@@ -26,7 +26,7 @@ WORTH_NAMING = 0.05
 """Share of the step from which on something is said to limit it."""
 BATCH = "the recipe's batch"
 Drawn = Callable[[Choice, int, int], DrawnRows | None]
-"""(layout as it was traced, microbatches, replicas) -> tokens and images of each, of rows as full as they were there."""
+"""(layout as it was traced, microbatches, replicas) -> tokens and images of each, of rows as full as there."""
 Rows = Callable[[Choice], float]
 """Of a step in a layout."""
 Timed = Mapping[int, Sequence[Evaluation]]
