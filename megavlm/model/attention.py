@@ -71,12 +71,11 @@ class SDPACoreAttention(MegatronModule):
 
     def _packed(self, query: Tensor, key: Tensor, value: Tensor, rows: PackedSeqParams, causal: bool) -> Tensor:
         assert isinstance(rows, PackedRows)
-        outputs = []
-        for q, k, v in zip(*(each.split(rows.lengths) for each in (query, key, value)), strict=True):
-            q, k, v = (x.transpose(0, 1).unsqueeze(0) for x in (q, k, v))
-            out = self._attend(q, k, v, causal, None)
-            outputs.append(out.squeeze(0).transpose(0, 1).flatten(1))
-        return torch.cat(outputs)
+        # Each document costs two operations more, not a dozen: all else is done to the row as a whole.
+        heads_first = (x.transpose(0, 1).unsqueeze(0).split(rows.lengths, dim=2) for x in (query, key, value))
+        documents = zip(*heads_first, strict=True)
+        outputs = [self._attend(q, k, v, causal, None).transpose(1, 2) for q, k, v in documents]
+        return torch.cat(outputs, dim=1).flatten(2).squeeze(0)
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, causal: bool, mask: Tensor | None) -> Tensor:
         """[b, heads, s, d] by [b, groups, t, d]: torch repeats the groups itself."""
