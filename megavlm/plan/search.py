@@ -17,7 +17,7 @@ from megavlm.errors import ConfigError, MegavlmError
 from megavlm.plan.choice import RECOMPUTE, Choice
 from megavlm.plan.cluster import GIB, Cluster
 from megavlm.plan.evaluation import SLACK, Evaluation
-from megavlm.plan.guess import Corrected, Estimate, Guesser, StepRows, weight_floor
+from megavlm.plan.guess import Corrected, Estimate, Guess, Guesser, StepRows, weight_floor
 from megavlm.plan.step import BUBBLE, IMBALANCE, MESSAGES
 
 Evaluate = Callable[[Choice], Evaluation]
@@ -126,17 +126,19 @@ def search(
     """The layouts ranked by predicted step time, judged from the most promising on, until there have been so many
     traces or it is late."""
     all_choices = list(candidates(run, cluster)) if choices is None else list(choices)
+    guesser, guesses = Guesser(run, rows), dict[Choice, Guess]()
     refused: list[Failure] = []
-    accepted: list[Choice] = []
     for choice in all_choices:
         problem = refusal(run, choice, cluster)
         if problem is None:
-            accepted.append(choice)
-        else:
+            try:
+                guesses[choice] = guesser.guess(choice, cluster)
+            except MegavlmError as error:  # as building the model would
+                problem = str(error)
+        if problem is not None:
             refused.append(Failure(choice, problem))
-    judged = _Judged(evaluate, most_traces, progress, is_late)
-    guesser = Guesser(run, rows)
-    judged.corrected = Corrected({choice: guesser.guess(choice, cluster) for choice in accepted})
+    judged = _Judged(evaluate, most_traces, progress, is_late, Corrected(guesses))
+    accepted = list(guesses)
     while accepted:
         # What has been judged tells how far the guesses are off, and so what to try next.
         accepted.sort(key=lambda choice: _order(judged.corrected.estimate(choice), cluster), reverse=True)
@@ -177,11 +179,11 @@ class _Judged:
     most_traces: int
     progress: Callable[[str], None]
     is_late: Callable[[], bool]
+    corrected: Corrected
     traced: int = 0
     untried: list[Choice] = field(default_factory=list)
     evaluations: list[Evaluation] = field(default_factory=list)
     failures: list[Failure] = field(default_factory=list)
-    corrected: Corrected = field(default_factory=lambda: Corrected({}))
 
     def consider(self, choice: Choice) -> None:
         alike = [known for known in self.evaluations if _without_recompute(known.choice) == _without_recompute(choice)]

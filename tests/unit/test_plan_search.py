@@ -13,6 +13,7 @@ from megavlm.options import parse_options
 from megavlm.plan.choice import RECOMPUTE, Choice
 from megavlm.plan.cluster import Cluster, parse_cluster
 from megavlm.plan.evaluation import Evaluation
+from megavlm.plan.guess import Guess, Guesser
 from megavlm.plan.search import candidates, refusal, search
 from megavlm.recipes import recipe
 
@@ -169,3 +170,18 @@ def test_toy_text_is_tried_in_several_micro_batches() -> None:
     found = search(run, cluster, Judge(model, cluster), choices=[*choices, Choice(micro_batch=5)])
     assert found.best and found.refused > 0
     assert any("does not divide into micro-batches" in failure.reason for failure in found.failures)
+
+
+def test_what_cannot_be_cut_into_stages_is_one_refused_layout_and_not_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    guess = Guesser.guess
+
+    def refuses_two(self: Guesser, choice: Choice, cluster: Cluster) -> Guess:
+        if choice.pipeline == 2:
+            raise LayoutError("--pipeline-model-parallel-size", 2, "cannot be cut", "use another")
+        return guess(self, choice, cluster)
+
+    monkeypatch.setattr(Guesser, "guess", refuses_two)
+    choices = even([one for one in candidates(INFIMM, EIGHT) if refusal(INFIMM, one, EIGHT) is None])
+    found = search(INFIMM, EIGHT, Judge(LARGE), choices=choices, most_traces=3)
+    assert found.best and all(one.evaluation.choice.pipeline != 2 for one in found.best)
+    assert found.refused == sum(choice.pipeline == 2 for choice in choices) > 0
