@@ -7,6 +7,7 @@ from typing import Any
 from megavlm.build.run_config import RunConfig
 from megavlm.errors import ConfigError
 from megavlm.model.precision import check_fp8
+from megavlm.parallel.recompute import check_recompute
 from megavlm.plan.cluster import Chip
 from megavlm.plan.cost import Efficiency
 
@@ -19,7 +20,9 @@ def fp8_products(run: RunConfig, chip: Chip, efficiency: Efficiency) -> float | 
     if run.precision.fp8_format == "none":
         return None
     major, minor = _given("Chip.capability", chip.capability, "what its maker says, for example [9, 0]")
-    check_fp8(run.precision, chip.name, (major, minor), run.transformer_impl != "local")
+    has_engine = run.transformer_impl != "local"
+    check_fp8(run.precision, chip.name, (major, minor), has_engine)
+    check_recompute(run.recompute, run.precision, on_gpu=True, has_engine=has_engine)
     peak = _given("Chip.fp8_tflops", chip.fp8_tflops, "what its data sheet says")
     share = _given("Efficiency.fp8", efficiency.fp8, "the share of the FP8 peak that products reach, for example 0.6")
     return 1e12 * float(peak) * float(share)

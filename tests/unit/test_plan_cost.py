@@ -10,6 +10,7 @@ import pytest
 from megavlm.build.run_config import RunConfig
 from megavlm.errors import ConfigError, UnavailableError
 from megavlm.model.precision import check_fp8
+from megavlm.parallel.recompute import RecomputeConfig, check_recompute
 from megavlm.plan.cluster import BOARDS, parse_cluster
 from megavlm.plan.cost import CALIBRATION, Calibration, Efficiency, seconds_of
 from megavlm.plan.fp8 import fp8_assumptions
@@ -83,6 +84,16 @@ def test_fp8_is_refused_as_in_training() -> None:
         with pytest.raises(UnavailableError) as planned:
             rate_of(run, parse_cluster(f"1x8x{chip}"), calibration.of(chip))
         assert str(planned.value) == str(training.value) and planned.value.exit_code == 2
+
+
+def test_what_delayed_scales_forbid_is_refused_as_in_training() -> None:
+    recompute = RecomputeConfig(granularity="selective", modules=("layernorm",))
+    run = fp8_run(recompute=recompute)
+    with pytest.raises(UnavailableError) as training:
+        check_recompute(recompute, run.precision, on_gpu=True, has_engine=True)
+    with pytest.raises(UnavailableError) as planned:
+        rate_of(run, parse_cluster("1x8xH100"), Calibration.load(CALIBRATION).of("H100"))
+    assert str(planned.value) == str(training.value)
 
 
 @pytest.mark.parametrize("lacking", ["capability", "fp8_tflops"])
