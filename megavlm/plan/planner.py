@@ -34,7 +34,7 @@ class Budget:
     """After which no layout is traced any more."""
 
 
-ALONE = Budget(MOST_TRACES, 50.0)
+ALONE = Budget(MOST_TRACES, 47.0)
 OF_SEVERAL = Budget(6, 25.0)
 """Of each stage where a whole model is planned: what it lacks, a plan of the stage by itself finds."""
 
