@@ -19,15 +19,19 @@ class ChunkMemory(NamedTuple):
     """Likewise, over what lives without this microbatch."""
 
 
-def peak_bytes(chunks: Sequence[ChunkMemory], stage: int, stages: int, microbatches: int) -> int:
-    """The most that lives at once during the passes of a step."""
-    most = now = 0
+def peak_bytes(chunks: Sequence[ChunkMemory], stage: int, stages: int, microbatches: int, kept: int = 0) -> int:
+    """The most that lives at once during the passes of a step.
+
+    `kept`: of what the last backward pass was given, which lives on beside the forward pass behind it.
+    """
+    most = now = before = 0
     for run in runs_of(Shape(stages, len(chunks), microbatches), stage):
         memory = chunks[run.chunk // stages]
         if run.way == "forward":
-            most = max(most, now + memory.forward_peak)
+            most = max(most, now + before + memory.forward_peak)
             now += memory.held
         else:
             now -= memory.held
             most = max(most, now + memory.backward_peak)
+            before = kept
     return most

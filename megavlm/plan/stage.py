@@ -188,7 +188,10 @@ def _row_profile(
     own = chunks[stage::stages]
     memories = [chunk.memory for chunk in own]
     messages = _messages_held(stage, stages, len(own), microbatches)
-    schedule = peak_bytes(memories, stage, stages, microbatches) + messages * chunks[0].message_bytes
+    message = chunks[0].message_bytes
+    # On the first stage the last output and its gradient; it shows where towers, and no layers, make the peak.
+    kept = 2 * message if messages == 0 and stages > 1 else 0
+    schedule = peak_bytes(memories, stage, stages, microbatches, kept) + messages * message
     costs = [cost for chunk in own for cost in chunk.costs]
     if _encodes_ahead(run):
         # Dealt over a whole step, each rank's tower sees the same share, whatever it sees of one microbatch.

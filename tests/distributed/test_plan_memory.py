@@ -35,7 +35,7 @@ CASES = [
     *(("infimm-tiny/pretrain", layout) for layout in ("one process", "TP=2", "PP=2", "TP=2 PP=2")),
     *(("aquila-vl-tiny/2b", layout) for layout in ("TP=2 SP", "PP=2 interleaved", "DP=2")),
     ("aquila-vl-tiny/2b", "PP=2, no layers in front"),
-    ("aquila-vl-tiny/2a", "PP=2, no layers in front"),
+    *((f"aquila-vl-tiny/{stage}", "PP=2, no layers in front") for stage in ("1", "2a")),
 ]
 STAGES = [name for name in RECIPES if name.startswith(("infimm-tiny/", "aquila-vl-tiny/"))]
 MORE = [(name, layout) for name in STAGES for layout in LAYOUTS if (name, layout) not in CASES]
