@@ -245,9 +245,8 @@ class FolderLock:
 
     def _keep(self) -> None:
         while not self._ended.wait(HEARTBEAT):
-            with contextlib.suppress(
-                OSError
-            ):  # of a disk that is away for a moment; a save tells of one that stays away
+            # A disk may be away for a moment; a save tells of one that stays away.
+            with contextlib.suppress(OSError):
                 if self._refresh():
                     logger.warning("%s is now in use by %s: this run ends at its next save", self.folder, self._lost)
 
